@@ -1,0 +1,35 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`.
+.PHONY: demo test lint types unit lock package clean
+
+ready := .venv/.ready
+bin := .venv/bin
+
+demo: $(ready)
+	$(bin)/sparsifiner demo
+
+test: lint types unit
+
+lint: $(ready)
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+
+types: $(ready)
+	$(bin)/mypy
+
+unit: $(ready)
+	$(bin)/pytest -n 2
+
+$(ready): requirements/dev.txt pyproject.toml tools/setup.sh
+	tools/setup.sh
+
+# Pins every requirement anew; the file carries no registry addresses.
+lock:
+	uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra viz --extra webdataset \
+	    --no-annotate --no-header --no-emit-index-url --no-emit-find-links pyproject.toml -o requirements/dev.txt
+
+# Builds wheel and sdist, installs the wheel into an empty environment and starts it.
+package: $(ready)
+	tools/check_package.sh
+
+clean:
+	rm -rf .venv dist build runs

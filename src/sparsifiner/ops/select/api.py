@@ -1,0 +1,71 @@
+"""Public entry of the selection: checks, the rules for special scores, the choice of a backend."""
+
+import torch
+from torch import Tensor
+
+from sparsifiner.ops.backend import resolve_backend
+from sparsifiner.ops.select import reference
+
+
+def select_topk(
+    scores: Tensor,
+    budget: int,
+    *,
+    forced: int = 0,
+    own: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Selects the `budget` best keys of every row, exactly.
+
+    Scores are compared in fp32, larger first, ties to the lowest key index. NaN counts as -inf, and
+    -inf is never selected: its slot stays empty. A row without any score above -inf selects its own
+    tokens. The result carries no gradient.
+
+    Args:
+        scores: [B, H, rows, N], any floating dtype.
+        budget: list length k, 1 <= k <= N.
+        forced: the first `forced` keys (the prefix) are in every list, inside the budget, whatever
+            their scores.
+        own: integer [rows, m], the tokens that each row stands for, -1 for none; by default row r
+            stands for the one token `N - rows + r`, as with one list per patch query.
+        backend: "auto" or "reference".
+
+    Returns:
+        int32 [B, H, rows, budget], ascending, -1 (empty) last.
+
+    Raises:
+        TypeError: `scores` are not floating point.
+        ValueError: a shape, `budget`, `forced` or `backend` is impossible.
+    """
+    if not scores.is_floating_point():
+        raise TypeError(f"select_topk: scores must be floating point, got {scores.dtype}")
+    if scores.ndim != 4:
+        raise ValueError(f"select_topk: scores must be [B, H, rows, N], got shape {tuple(scores.shape)}")
+    rows, N = scores.shape[-2:]
+    if not 1 <= budget <= N:
+        raise ValueError(f"select_topk: budget must lie in 1..{N} (the number of keys), got {budget}")
+    if not 0 <= forced <= budget:
+        raise ValueError(f"select_topk: forced must lie in 0..{budget} (the budget), got {forced}")
+    if own is None:
+        own = (torch.arange(rows, device=scores.device) + (N - rows)).clamp(min=0).unsqueeze(1)
+    elif own.ndim != 2 or own.shape[0] != rows:
+        raise ValueError(f"select_topk: own must be [rows={rows}, m], got shape {tuple(own.shape)}")
+
+    admissible = _admissible_scores(scores.detach(), forced, own)
+    resolve_backend(backend)
+    return reference.select_topk(admissible, budget)
+
+
+def _admissible_scores(scores: Tensor, forced: int, own: Tensor) -> Tensor:
+    """fp32 scores with the rules for NaN, empty rows and forced keys applied; -inf means never."""
+    rows, N = scores.shape[-2:]
+    scores = scores.float()
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    is_own = torch.zeros(rows, N + 1, dtype=torch.bool, device=scores.device)
+    is_own = is_own.scatter(1, torch.where(own >= 0, own, N).long(), True)[:, :N]
+    empty = (scores[..., forced:] == -torch.inf).all(-1, keepdim=True)
+    scores = torch.where(empty & is_own, 0.0, scores)
+    if forced:
+        # among equal scores the lowest index wins, so +inf keeps the prefix even beside other +inf
+        scores[..., :forced] = torch.inf
+    return scores

@@ -1,0 +1,74 @@
+"""Public entry of sparse attention: checks and the choice of a backend."""
+
+from torch import Tensor
+
+from sparsifiner.connectivity import Connectivity
+from sparsifiner.ops.backend import resolve_backend
+from sparsifiner.ops.sparse_attention import reference
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    connectivity: Connectivity,
+    summary: int | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention of every query over its listed keys, with summary keys for what the lists leave out.
+
+    Patch queries attend to the keys of their row's list and, with `summary`, to the mean key and
+    value of every window of `summary` x `summary` patches, whose logit gains the log of the number
+    of its tokens that the list does not hold. Prefix queries attend to all single keys and to no
+    summaries. A list of all keys is therefore exactly dense attention, with or without summaries.
+    A query without any key (an empty list, no summaries) gives zeros.
+
+    Args:
+        q: [B, H, N, d] queries, any floating dtype; may be strided views of one qkv projection.
+        k: [B, H, N, d] keys.
+        v: [B, H, N, d] values.
+        connectivity: key lists for [B, H] and the geometry of the N tokens.
+        summary: side of the windows in patches, None for no summaries.
+        scale: factor of the logits, `d ** -0.5` by default.
+        backend: "auto" or "reference" (dense with a mask).
+
+    Returns:
+        [B, H, N, d] in the dtype of `q`.
+
+    Raises:
+        TypeError: q, k and v differ in dtype or are not floating point.
+        ValueError: a shape does not fit `connectivity`, or `summary` or `backend` is impossible.
+
+    Source:
+        Wei et al., "Sparsifiner", CVPR 2023, section 3.3; tiles and summaries are ours.
+    """
+    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
+        raise TypeError(
+            "sparse_attention: q, k and v must share one floating dtype, "
+            f"got {q.dtype}, {k.dtype} and {v.dtype}"
+        )
+    if q.ndim != 4 or not q.shape == k.shape == v.shape:
+        raise ValueError(
+            "sparse_attention: q, k and v must all be [B, H, N, d], "
+            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    tokens = connectivity.layout.tokens
+    if q.shape[2] != tokens:
+        height, width = connectivity.grid
+        raise ValueError(
+            f"sparse_attention: q has {q.shape[2]} tokens but connectivity describes {tokens} "
+            f"({connectivity.prefix} prefix + {height}x{width} patches)"
+        )
+    if connectivity.indices.shape[:2] != q.shape[:2]:
+        raise ValueError(
+            f"sparse_attention: connectivity.indices are for [B, H] = "
+            f"{tuple(connectivity.indices.shape[:2])}, q has {tuple(q.shape[:2])}"
+        )
+    if summary is not None and (not isinstance(summary, int) or summary < 1):
+        raise ValueError(
+            f"sparse_attention: summary must be a window side of at least 1 patch or None, got {summary!r}"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    resolve_backend(backend)
+    return reference.sparse_attention(q, k, v, connectivity, summary, scale)

@@ -1,0 +1,64 @@
+"""Specification of sparse attention: dense attention behind a mask."""
+
+import torch
+from torch import Tensor
+
+from sparsifiner.connectivity import Connectivity
+
+
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, summary: int | None, scale: float
+) -> Tensor:
+    """Every query attends to its listed keys and to one summary key per window.
+
+    ```
+    M[i, j]    = key j is in the list of query i      (all true for prefix queries)
+    U[i, w]    = number of tokens j in window w with not M[i, j]
+    K̄[w], V̄[w] = mean of k, v over all tokens of window w
+    logits[i]  = [ q_i·k_j · scale          where M[i, j], else -inf ]  for every token j
+               ++ [ q_i·K̄_w · scale + log U[i, w]                   ]  for every window w
+    out[i]     = softmax(logits[i]) · [V ++ V̄]         (0 where every logit is -inf)
+    ```
+
+    Prefix queries have U = 0, so they see no summaries. Gradients flow through the means, not
+    through the counts. fp32 throughout (fp64 for fp64 inputs), memory [B, H, N, N].
+
+    Args:
+        q: [B, H, N, d], as are `k` and `v`.
+        k: keys.
+        v: values.
+        connectivity: the key lists.
+        summary: side of the windows in patches, or None.
+        scale: factor of the logits.
+
+    Returns:
+        [B, H, N, d] in the dtype of `q`.
+    """
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    query, key, value = q.to(exact), k.to(exact), v.to(exact)
+    mask = connectivity.to_mask()
+    logits = (query @ key.mT * scale).masked_fill(~mask, -torch.inf)
+    if summary is not None:
+        member = _window_membership(connectivity, summary).to(exact)  # [W, N]
+        size = member.sum(1, keepdim=True)
+        mean_key, mean_value = member @ key / size, member @ value / size
+        unselected = (~mask).to(exact) @ member.mT  # [B, H, N, W]
+        logits = torch.cat([logits, query @ mean_key.mT * scale + unselected.log()], -1)
+        value = torch.cat([value, mean_value], 2)
+    has_key = (logits > -torch.inf).any(-1, keepdim=True)
+    probability = logits.masked_fill(~has_key, 0.0).softmax(-1) * has_key
+    return (probability @ value).to(q.dtype)
+
+
+def _window_membership(connectivity: Connectivity, side: int) -> Tensor:
+    """bool [windows, N]: token lies in window; prefix tokens lie in none."""
+    height, width = connectivity.grid
+    member = torch.zeros(connectivity.layout.squares(side), connectivity.layout.tokens, dtype=torch.bool)
+    window = 0
+    for top in range(0, height, side):
+        for left in range(0, width, side):
+            for y in range(top, min(top + side, height)):
+                for x in range(left, min(left + side, width)):
+                    member[window, connectivity.prefix + y * width + x] = True
+            window += 1
+    return member.to(connectivity.indices.device)
