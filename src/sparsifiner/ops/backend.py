@@ -3,7 +3,7 @@
 import functools
 import logging
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "torch")
 
 _logger = logging.getLogger(__name__)
 
@@ -15,8 +15,8 @@ def resolve_backend(backend: str) -> str:
         ValueError: `backend` is unknown.
     """
     if backend == "auto":
-        _say_choice("reference")
-        return "reference"
+        _say_choice("torch")
+        return "torch"
     if backend not in BACKENDS:
         names = ", ".join(repr(name) for name in ("auto", *BACKENDS))
         raise ValueError(f"backend={backend!r} is not available; choose one of {names}")

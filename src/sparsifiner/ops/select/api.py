@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sparsifiner.ops.backend import resolve_backend
-from sparsifiner.ops.select import reference
+from sparsifiner.ops.select import reference, torch_backend
 
 
 def select_topk(
@@ -28,7 +28,7 @@ def select_topk(
             their scores.
         own: integer [rows, m], the tokens that each row stands for, -1 for none; by default row r
             stands for the one token `N - rows + r`, as with one list per patch query.
-        backend: "auto" or "reference".
+        backend: "auto", "reference" or "torch".
 
     Returns:
         int32 [B, H, rows, budget], ascending, -1 (empty) last.
@@ -52,8 +52,9 @@ def select_topk(
         raise ValueError(f"select_topk: own must be [rows={rows}, m], got shape {tuple(own.shape)}")
 
     admissible = _admissible_scores(scores.detach(), forced, own)
-    resolve_backend(backend)
-    return reference.select_topk(admissible, budget)
+    if resolve_backend(backend) == "reference":
+        return reference.select_topk(admissible, budget)
+    return torch_backend.select_topk(admissible, budget)
 
 
 def _admissible_scores(scores: Tensor, forced: int, own: Tensor) -> Tensor:

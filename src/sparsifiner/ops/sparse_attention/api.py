@@ -4,7 +4,7 @@ from torch import Tensor
 
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.ops.backend import resolve_backend
-from sparsifiner.ops.sparse_attention import reference
+from sparsifiner.ops.sparse_attention import reference, torch_backend
 
 
 def sparse_attention(
@@ -31,7 +31,7 @@ def sparse_attention(
         connectivity: key lists for [B, H] and the geometry of the N tokens.
         summary: side of the windows in patches, None for no summaries.
         scale: factor of the logits, `d ** -0.5` by default.
-        backend: "auto" or "reference" (dense with a mask).
+        backend: "auto", "reference" (dense with a mask) or "torch" (gathers, differentiable).
 
     Returns:
         [B, H, N, d] in the dtype of `q`.
@@ -70,5 +70,6 @@ def sparse_attention(
             f"sparse_attention: summary must be a window side of at least 1 patch or None, got {summary!r}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    resolve_backend(backend)
-    return reference.sparse_attention(q, k, v, connectivity, summary, scale)
+    if resolve_backend(backend) == "reference":
+        return reference.sparse_attention(q, k, v, connectivity, summary, scale)
+    return torch_backend.sparse_attention(q, k, v, connectivity, summary, scale)

@@ -1,0 +1,118 @@
+"""Sparse attention in torch operations: gather the listed keys, then fused attention per row."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sparsifiner.connectivity import Connectivity
+from sparsifiner.layout import TokenLayout
+
+# Gathered keys of one chunk of rows: small enough for a CPU's cache, large enough to fill a GPU.
+_CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+
+
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, summary: int | None, scale: float
+) -> Tensor:
+    """Same function as the reference; no tensor grows with N * N.
+
+    Keys and values, summaries behind them, form one table per batch element and head. Every row
+    gathers its list and the summaries from it and attends to them at once. Rows are taken in
+    chunks; with gradients each chunk gathers anew in the backward, so that what is kept between
+    the passes does not grow with the lists.
+
+    Args:
+        q: [B, H, N, d], as are `k` and `v`.
+        k: keys.
+        v: values.
+        connectivity: the key lists.
+        summary: side of the windows in patches, or None.
+        scale: factor of the logits.
+
+    Returns:
+        [B, H, N, d] in the dtype of `q`.
+    """
+    layout, tile, prefix = connectivity.layout, connectivity.tile, connectivity.prefix
+    B, H, N, d = q.shape
+    indices = connectivity.indices
+    bias = torch.where(indices >= 0, 0.0, -torch.inf)  # [B, H, rows, k]
+    slots = indices.clamp(min=0).long()
+    key, value = k, v
+    if summary is not None:
+        key = torch.cat([k, _window_means(k, layout, summary)], 2)  # [B, H, N + W, d]
+        value = torch.cat([v, _window_means(v, layout, summary)], 2)
+        unselected = _unselected_per_window(indices, layout, summary)  # [B, H, rows, W]
+        windows = torch.arange(N, key.shape[2], device=q.device).expand(unselected.shape)
+        bias = torch.cat([bias, unselected.to(_accurate(q.dtype)).log()], -1)
+        slots = torch.cat([slots, windows], -1)
+    keys_per_row = slots.shape[-1]
+    first_slot = torch.arange(B * H, device=q.device).view(B, H, 1, 1) * key.shape[2]
+    slots = (slots + first_slot).reshape(-1, keys_per_row)
+    bias = bias.to(q.dtype).reshape(-1, 1, keys_per_row)
+    key, value = key.reshape(-1, d), value.reshape(-1, d)
+    query = layout.split_squares(q[:, :, prefix:], tile).reshape(-1, tile * tile, d)
+
+    attend = _attend
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        attend = _attend_recomputing
+    row_bytes = keys_per_row * d * key.element_size()
+    rows_per_chunk = max(1, _CHUNK_BYTES.get(q.device.type, _CHUNK_BYTES["cuda"]) // row_bytes)
+    chunks = [
+        attend(
+            query[start : start + rows_per_chunk],
+            key,
+            value,
+            slots[start : start + rows_per_chunk],
+            bias[start : start + rows_per_chunk],
+            scale,
+        )
+        for start in range(0, query.shape[0], rows_per_chunk)
+    ]
+    tiles = torch.cat(chunks).reshape(B, H, -1, tile * tile, d)
+    patches = layout.merge_squares(tiles, tile)
+    if not prefix:
+        return patches
+    prefix_out = F.scaled_dot_product_attention(q[:, :, :prefix], k, v, scale=scale)
+    return torch.cat([prefix_out, patches], 2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, slots: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Rows [R, m, d] attend to their slots [R, L] of the tables [S, d] with bias [R, 1, L]."""
+    rows, length = slots.shape
+    flat = slots.reshape(-1)
+    return F.scaled_dot_product_attention(
+        query.unsqueeze(0),
+        key.index_select(0, flat).view(1, rows, length, -1),
+        value.index_select(0, flat).view(1, rows, length, -1),
+        attn_mask=bias.expand(-1, query.shape[1], -1).unsqueeze(0),
+        scale=scale,
+    ).squeeze(0)
+
+
+def _attend_recomputing(
+    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, bias: Tensor, scale: float
+) -> Tensor:
+    out = checkpoint(
+        _attend, query, key, value, slots, bias, scale, use_reentrant=False, preserve_rng_state=False
+    )
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _accurate(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def _window_means(x: Tensor, layout: TokenLayout, side: int) -> Tensor:
+    """[B, H, N, d] to the means of the windows [B, H, W, d], accumulated in fp32."""
+    return layout.square_means(x[:, :, layout.prefix :].to(_accurate(x.dtype)), side).to(x.dtype)
+
+
+def _unselected_per_window(indices: Tensor, layout: TokenLayout, side: int) -> Tensor:
+    """Tokens of each window that each list lacks: [B, H, rows, k] to int64 [B, H, rows, W]."""
+    windows = layout.squares(side)
+    window = layout.square_of_token(indices, side).long()
+    selected = torch.zeros(*indices.shape[:-1], windows + 1, dtype=torch.int64, device=indices.device)
+    selected = selected.scatter_add(-1, window, torch.ones_like(window))
+    return layout.square_sizes(side, indices.device) - selected[..., :windows]
