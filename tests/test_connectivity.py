@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsifiner.connectivity import Connectivity, forced_prefix, key_budget
+from sparsifiner.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
 from sparsifiner.layout import TokenLayout
 
 
@@ -60,7 +60,7 @@ def test_auto_summary_is_the_largest_side_with_48_windows():
     ],
 )
 def test_key_budget(keep, tokens, forced, budget):
-    assert key_budget(keep, tokens, forced) == budget
+    assert key_budget(exact_ratio(keep), tokens, forced) == budget
 
 
 def test_prefix_is_forced_with_tiles_or_summaries_only():

@@ -1,1 +1,9 @@
 """Vision Transformers that attend only to the token pairs that matter for this image."""
+
+from sparsifiner import models as models
+from sparsifiner.config import SparsifyConfig
+from sparsifiner.connectivity import Connectivity
+from sparsifiner.patch import desparsify, sparsify, why_not
+from sparsifiner.trace import trace
+
+__all__ = ["Connectivity", "SparsifyConfig", "desparsify", "sparsify", "trace", "why_not"]

@@ -1,7 +1,7 @@
 """Connectivity: for every row of queries, the keys that it attends to."""
 
-import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -9,16 +9,24 @@ from torch import Tensor
 from sparsifiner.layout import TokenLayout
 
 
-def key_budget(keep: float, tokens: int, forced: int) -> int:
+def exact_ratio(keep: float) -> tuple[int, int]:
+    """The fraction that was meant by a float, as two integers: .1 is 1/10, not its binary neighbour.
+
+    Integers also keep `torch.compile` from turning a changed `keep` into a symbolic float.
+    """
+    return Fraction(keep).limit_denominator(10**6).as_integer_ratio()
+
+
+def key_budget(keep: tuple[int, int], tokens: int, forced: int) -> int:
     """Single keys in the list of one row: `min(N, max(ceil(keep * N), forced + 1))`.
 
     Args:
-        keep: share of the N tokens that a row attends to, in (0, 1].
+        keep: share of the N tokens that a row attends to, as an `exact_ratio`.
         tokens: N, prefix included.
         forced: prefix keys that are in every list, inside the budget; 0 where they compete.
     """
-    # ceil of the decimal number that was written, not of its binary neighbour: .1 * 30 is 3, not 4
-    return min(tokens, max(math.ceil(round(keep * tokens, 9)), forced + 1))
+    numerator, denominator = keep
+    return min(tokens, max(-(-numerator * tokens // denominator), forced + 1))
 
 
 def forced_prefix(prefix: int, tile: int, summary: int | None) -> int:

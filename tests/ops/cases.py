@@ -2,7 +2,7 @@
 
 import torch
 
-from sparsifiner.connectivity import Connectivity, forced_prefix, key_budget
+from sparsifiner.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import select_topk
 
@@ -20,7 +20,9 @@ def make_connectivity(layout, keep, tile, summary, heads=2, batch=1, device="cpu
     """Lists selected from random scores by the reference."""
     forced = forced_prefix(layout.prefix, tile, summary)
     scores = torch.randn(batch, heads, layout.squares(tile), layout.tokens, device=device)
-    indices = select_topk(scores, key_budget(keep, layout.tokens, forced), forced=forced, backend="reference")
+    indices = select_topk(
+        scores, key_budget(exact_ratio(keep), layout.tokens, forced), forced=forced, backend="reference"
+    )
     return Connectivity(indices, layout.grid, tile, layout.prefix)
 
 

@@ -3,6 +3,8 @@
 import functools
 import logging
 
+import torch
+
 BACKENDS = ("reference", "torch")
 
 _logger = logging.getLogger(__name__)
@@ -15,7 +17,8 @@ def resolve_backend(backend: str) -> str:
         ValueError: `backend` is unknown.
     """
     if backend == "auto":
-        _say_choice("torch")
+        if not torch.compiler.is_compiling():  # compiled code cannot log
+            _say_choice("torch")
         return "torch"
     if backend not in BACKENDS:
         names = ", ".join(repr(name) for name in ("auto", *BACKENDS))

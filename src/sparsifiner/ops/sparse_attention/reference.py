@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sparsifiner.connectivity import Connectivity
+from sparsifiner.ops.precision import accumulation_dtype
 
 
 def sparse_attention(
@@ -34,7 +35,7 @@ def sparse_attention(
     Returns:
         [B, H, N, d] in the dtype of `q`.
     """
-    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    exact = accumulation_dtype(q.dtype)
     query, key, value = q.to(exact), k.to(exact), v.to(exact)
     mask = connectivity.to_mask()
     logits = (query @ key.mT * scale).masked_fill(~mask, -torch.inf)

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.layout import TokenLayout
+from sparsifiner.ops.precision import accumulation_dtype
 
 # Gathered keys of one chunk of rows: small enough for a CPU's cache, large enough to fill a GPU.
 _CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
@@ -44,7 +45,7 @@ def sparse_attention(
         value = torch.cat([v, _window_means(v, layout, summary)], 2)
         unselected = _unselected_per_window(indices, layout, summary)  # [B, H, rows, W]
         windows = torch.arange(N, key.shape[2], device=q.device).expand(unselected.shape)
-        bias = torch.cat([bias, unselected.to(_accurate(q.dtype)).log()], -1)
+        bias = torch.cat([bias, unselected.to(accumulation_dtype(q.dtype)).log()], -1)
         slots = torch.cat([slots, windows], -1)
     keys_per_row = slots.shape[-1]
     first_slot = torch.arange(B * H, device=q.device).view(B, H, 1, 1) * key.shape[2]
@@ -100,13 +101,9 @@ def _attend_recomputing(
     return out
 
 
-def _accurate(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
-
-
 def _window_means(x: Tensor, layout: TokenLayout, side: int) -> Tensor:
     """[B, H, N, d] to the means of the windows [B, H, W, d], accumulated in fp32."""
-    return layout.square_means(x[:, :, layout.prefix :].to(_accurate(x.dtype)), side).to(x.dtype)
+    return layout.square_means(x[:, :, layout.prefix :].to(accumulation_dtype(x.dtype)), side).to(x.dtype)
 
 
 def _unselected_per_window(indices: Tensor, layout: TokenLayout, side: int) -> Tensor:

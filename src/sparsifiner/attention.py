@@ -1,0 +1,224 @@
+"""The layer: tokens -> q, k, v -> scores -> key lists -> sparse attention -> tokens."""
+
+import threading
+from typing import Any, cast
+
+import torch.nn.functional as F
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from sparsifiner.config import SparsifyConfig
+from sparsifiner.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
+from sparsifiner.layout import TokenLayout
+from sparsifiner.ops import sparse_attention
+from sparsifiner.scorers import ListSpec, Scorer
+
+
+class SparseAttention(nn.Module):
+    """Takes the place of a timm `Attention`, built from its submodules, and attends sparsely.
+
+    Args:
+        dense: the module that it replaces; its submodules are shared, not copied.
+        scorer: chooses the keys.
+        grid: tells the patch grid of the current input.
+        prefix: number of prefix tokens.
+        layer: index of the layer.
+        config: what to do.
+    """
+
+    # everything of timm's module that its forward uses, by the names that checkpoints know
+    SHARED_MODULES = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
+    qkv: nn.Linear
+    q_norm: nn.Module
+    k_norm: nn.Module
+    attn_drop: nn.Dropout
+    norm: nn.Module
+    gate: nn.Linear | None
+    proj: nn.Linear
+    proj_drop: nn.Dropout
+    scorer: Scorer
+
+    def __init__(
+        self,
+        dense: Attention,
+        scorer: Scorer,
+        grid: "CurrentGrid",
+        prefix: int,
+        layer: int,
+        config: SparsifyConfig,
+    ) -> None:
+        super().__init__()
+        self.num_heads: int = dense.num_heads
+        self.head_dim: int = dense.head_dim
+        self.attn_dim: int = dense.attn_dim
+        self.scale: float = dense.scale
+        for name in self.SHARED_MODULES:
+            setattr(self, name, getattr(dense, name))
+        self.scorer = scorer
+        self.grid = grid
+        self.prefix = prefix
+        self.layer = layer
+        self.configure(config)
+        self._dense = (dense,)  # in a tuple: not a child, its weights are this module's already
+        self.register_load_state_dict_pre_hook(_rename_released_keys)  # type: ignore[no-untyped-call]
+
+    def configure(self, config: SparsifyConfig) -> None:
+        """Changes what the layer does; its weights stay."""
+        self.config = config
+        self.keep = exact_ratio(config.keep_of(self.layer))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Attends: [B, N, C] to [B, N, C].
+
+        Raises:
+            ValueError: a mask or causality is asked for, attention dropout is active, or the tokens
+                do not fit the grid.
+        """
+        self._check_call(attn_mask, is_causal)
+        q, k, v = self.project(x)
+        spec = self.list_spec(x.shape[1])
+        if spec is None:
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        else:
+            connectivity = self.scorer(q, k, spec)
+            out = sparse_attention(q, k, v, connectivity, self.summary, self.scale, self.backend)
+        return self.combine(x, out)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, N, C] to q, k, v [B, H, N, d], q and k normalised where the model does so."""
+        B, N, _ = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def combine(self, x: Tensor, out: Tensor) -> Tensor:
+        """Heads [B, H, N, d] to tokens [B, N, C]: norm, gate and output projection."""
+        out = self.norm(out.transpose(1, 2).reshape(*x.shape[:2], self.attn_dim))
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        projected: Tensor = self.proj_drop(self.proj(out))
+        return projected
+
+    def list_spec(self, tokens: int) -> ListSpec | None:
+        """The lists wanted at the current grid, or None where this layer stays dense.
+
+        A layer that keeps every key is dense attention, and so is one below `min_tokens`.
+
+        Raises:
+            ValueError: the number of tokens does not fit the grid.
+        """
+        layout = TokenLayout(self.grid.current(), self.prefix)
+        if tokens != layout.tokens:
+            height, width = layout.grid
+            raise ValueError(
+                f"layer {self.layer}: got {tokens} tokens, but the grid is {height}x{width} patches after "
+                f"{self.prefix} prefix tokens = {layout.tokens}; call model.set_input_size(...) for another "
+                "image size, and switch patch_drop off (sparse attention needs every patch)"
+            )
+        forced = forced_prefix(self.prefix, self.config.tile, self.summary)
+        budget = key_budget(self.keep, tokens, forced)
+        if tokens < self.config.min_tokens or budget == tokens:
+            return None
+        return ListSpec(layout, self.config.tile, budget, forced, self.scale, self.backend)
+
+    @property
+    def summary(self) -> int | None:
+        """Side of the summary windows at the current grid."""
+        if self.config.summary == "auto":
+            return TokenLayout(self.grid.current(), self.prefix).auto_summary()
+        return self.config.summary
+
+    @property
+    def backend(self) -> str:
+        """Backend of both operations."""
+        return "reference" if self.config.legacy else self.config.backend
+
+    def dense_module(self) -> nn.Module:
+        """The module that this one replaced, with the submodules of now."""
+        dense: nn.Module = self._dense[0]
+        for name in self.SHARED_MODULES:
+            setattr(dense, name, getattr(self, name))
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Configuration in short."""
+        keep, config = self.config.keep_of(self.layer), self.config
+        return f"keep={keep}, tile={config.tile}, summary={config.summary}, backend={self.backend!r}"
+
+    def _check_call(self, attn_mask: Tensor | None, is_causal: bool) -> None:
+        if attn_mask is not None or is_causal:
+            argument = "is_causal" if is_causal else "attn_mask"
+            raise ValueError(
+                f"layer {self.layer}: {argument} is not supported, keys are chosen per image; "
+                "call sparsifiner.desparsify(model) to use it"
+            )
+        if self.training and self.attn_drop.p > 0:
+            raise ValueError(
+                f"layer {self.layer}: attn_drop={self.attn_drop.p} is not supported in training; "
+                "create the model with attn_drop_rate=0"
+            )
+
+
+class CurrentGrid:
+    """The patch grid of the input being computed, shared by all layers of a model.
+
+    It is `patch_embed.grid_size` at each forward; where images may change size from call to call
+    (`dynamic_img_size`), a hook on `patch_embed` notes the size of this thread's call.
+
+    Args:
+        patch_embed: the model's patch embedding.
+        dynamic: whether the model takes images of any size.
+    """
+
+    def __init__(self, patch_embed: nn.Module, dynamic: bool) -> None:
+        self.patch_embed = patch_embed
+        self.dynamic = dynamic
+        self._call = threading.local()
+        self._hook = patch_embed.register_forward_hook(self._note) if dynamic else None
+
+    def current(self) -> tuple[int, int]:
+        """Patches along height and width."""
+        if self.dynamic and hasattr(self._call, "grid"):
+            grid: tuple[int, int] = self._call.grid
+            return grid
+        height, width = cast("tuple[int, int]", self.patch_embed.grid_size)
+        return int(height), int(width)
+
+    def remove(self) -> None:
+        """Takes the hook away."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def _note(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        # dynamic models embed to [B, gh, gw, C]
+        self._call.grid = (output.shape[1], output.shape[2])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the thread-local note, which neither copies nor pickles."""
+        return {name: value for name, value in self.__dict__.items() if name != "_call"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores the state with no call noted."""
+        self.__dict__.update(state)
+        self._call = threading.local()
+
+
+def dense_connectivity(batch: int, heads: int, layout: TokenLayout, tile: int, like: Tensor) -> Connectivity:
+    """Lists of all keys: what a layer that stays dense attends to."""
+    every = like.new_tensor(range(layout.tokens)).int()
+    return Connectivity(
+        every.expand(batch, heads, layout.squares(tile), -1), layout.grid, tile, layout.prefix
+    )
+
+
+def _rename_released_keys(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: object
+) -> None:
+    """Lets released checkpoints load: their predictor is our scorer under other names."""
+    old_prefix = prefix + "mask_predictor."
+    names = getattr(module.scorer, "RELEASED_NAMES", ())
+    for key in [key for key in state_dict if key.startswith(old_prefix)]:
+        name = key.removeprefix(old_prefix)
+        for old, new in names:
+            if name.partition(".")[0] == old:
+                state_dict[prefix + "scorer." + name.replace(old, new, 1)] = state_dict.pop(key)

@@ -1,0 +1,131 @@
+"""What a sparse model is asked to do: validated once, never changed."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from sparsifiner.ops.backend import BACKENDS
+
+ScorerName = Literal["lowrank", "pooled", "oracle", "window", "strided", "random"]
+
+
+@dataclass(frozen=True)
+class SparsifyConfig:
+    """How every layer chooses its keys and attends to them. The defaults are the preset "fast".
+
+    Attributes:
+        keep: share of the tokens in each key list, in (0, 1]; one number, or one per layer. A layer
+            that keeps everything is dense attention.
+        tile: side in patches of the square of queries that share one key list; 1 gives every query
+            its own, as in the paper.
+        summary: side in patches of the windows whose mean key and value are appended as summary
+            keys; None for no summaries, as in the paper; "auto" for the largest side that gives at
+            least 48 windows.
+        scorer: "lowrank" (learned, the paper's), "pooled" (tile-mean query · key, needs no
+            training), or, to compare with, "oracle", "window", "strided" or "random".
+        basis: basis size K of the low-rank scorer.
+        reduced_dim: head dim of its reduced queries and keys; half the head dim by default.
+        coef_topk: coefficients that it keeps per row.
+        basis_threshold: basis entries of at most this magnitude count as zero.
+        legacy: the low-rank scorer exactly as released: temperature H ** -0.5, basis size N // 6 of
+            the native image size, dense products, backend "reference".
+        backend: "auto", "reference" or "torch".
+        min_tokens: layers that see fewer tokens stay dense.
+        seed: seed of the scorer "random".
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: an argument is impossible or contradicts another.
+    """
+
+    keep: float | Sequence[float] = 0.1
+    tile: int = 8
+    summary: int | Literal["auto"] | None = "auto"
+    scorer: ScorerName = "pooled"
+    basis: int = 32
+    reduced_dim: int | None = None
+    coef_topk: int = 8
+    basis_threshold: float = 0.02
+    legacy: bool = False
+    backend: str = "auto"
+    min_tokens: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Rejects impossible values by name."""
+        keeps = [self.keep] if isinstance(self.keep, int | float) else list(self.keep)
+        for keep in keeps:
+            if isinstance(keep, bool) or not isinstance(keep, int | float):
+                raise TypeError(f"keep must be a number in (0, 1] or one per layer, got {self.keep!r}")
+            if not (0 < keep <= 1 and math.isfinite(keep)):
+                raise ValueError(f"keep must lie in (0, 1], the share of keys that stay; got {keep!r}")
+        if not keeps:
+            raise ValueError("keep must be a number in (0, 1] or one per layer; got an empty list")
+        if not isinstance(self.keep, int | float):
+            object.__setattr__(self, "keep", tuple(keeps))
+        self._check_at_least("tile", 1, "tile=1 gives every query its own key list")
+        if self.summary not in {None, "auto"}:
+            self._check_at_least("summary", 1, "use None for no summaries or 'auto'")
+        if self.scorer not in get_args(ScorerName):
+            raise ValueError(f"scorer={self.scorer!r} is unknown; choose one of {get_args(ScorerName)}")
+        self._check_at_least("basis", 1, "the paper uses 32")
+        if self.reduced_dim is not None:
+            self._check_at_least("reduced_dim", 1, "None takes half the head dim")
+        self._check_at_least("coef_topk", 1, "the paper uses 8")
+        if self.coef_topk > self.basis:
+            raise ValueError(f"coef_topk={self.coef_topk} exceeds basis={self.basis}; lower coef_topk")
+        if self.basis_threshold < 0:
+            raise ValueError(f"basis_threshold must be at least 0, got {self.basis_threshold}")
+        self._check_at_least("min_tokens", 0, "0 makes every layer sparse")
+        if self.backend not in {"auto", *BACKENDS}:
+            raise ValueError(f"backend={self.backend!r} is unknown; choose 'auto' or one of {BACKENDS}")
+        if self.legacy:
+            self._check_legacy()
+
+    def _check_at_least(self, name: str, least: int, remedy: str) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be a whole number of at least {least}, got {value!r}; {remedy}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}; {remedy}")
+
+    def _check_legacy(self) -> None:
+        required = {"scorer": "lowrank", "tile": 1, "summary": None}
+        for name, value in required.items():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"legacy=True is the released method and needs {name}={value!r}, "
+                    f"got {getattr(self, name)!r}; use preset='paper'"
+                )
+        if self.backend not in {"auto", "reference"}:
+            raise ValueError(f"legacy=True runs on backend='reference' only, got {self.backend!r}")
+
+    def keep_of(self, layer: int) -> float:
+        """Share of keys that layer `layer` keeps."""
+        return float(self.keep[layer]) if isinstance(self.keep, tuple) else float(self.keep)  # type: ignore[arg-type]
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {},
+    "paper": {"scorer": "lowrank", "tile": 1, "summary": None, "keep": 0.25},
+}
+
+
+def make_config(preset: str = "fast", **options: Any) -> SparsifyConfig:
+    """Configuration of a preset with options changed.
+
+    Args:
+        preset: "fast" (training-free, made for wall-clock time) or "paper" (the learned method).
+        **options: fields of `SparsifyConfig`.
+
+    Raises:
+        ValueError: the preset or an option is unknown or impossible.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset={preset!r} is unknown; choose one of {tuple(PRESETS)}")
+    names = [field.name for field in fields(SparsifyConfig)]
+    for name in options:
+        if name not in names:
+            raise ValueError(f"{name!r} is no option of SparsifyConfig; the options are {', '.join(names)}")
+    return SparsifyConfig(**{**PRESETS[preset], **options})

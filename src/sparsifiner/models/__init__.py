@@ -1,0 +1,3 @@
+"""Model names that timm knows after `import sparsifiner`."""
+
+from sparsifiner.models import registry as registry

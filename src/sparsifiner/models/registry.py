@@ -1,0 +1,48 @@
+"""Registers the paper's models with timm.
+
+After `import sparsifiner`: `timm.create_model("sparsifiner_deit_small_patch16_224", keep=.25)`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import timm
+from timm.models import register_model
+from torch import nn
+
+from sparsifiner.config import SparsifyConfig
+from sparsifiner.patch import sparsify
+
+# the models of the paper that timm has; ours carry the prefix `sparsifiner_`
+_DENSE_NAMES = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
+
+
+def _register(dense_name: str) -> Callable[..., nn.Module]:
+    def create(
+        pretrained: bool = False,
+        keep: float | list[float] = 0.25,
+        sparsify_config: SparsifyConfig | None = None,
+        **kwargs: Any,
+    ) -> nn.Module:
+        dense = timm.create_model(dense_name, pretrained=pretrained, **kwargs)
+        if sparsify_config is not None:
+            return sparsify(dense, sparsify_config)
+        return sparsify(dense, preset="paper", keep=keep)
+
+    create.__name__ = create.__qualname__ = f"sparsifiner_{dense_name}"
+    create.__doc__ = f"""{dense_name} with the paper's sparse attention.
+
+    Args:
+        pretrained: load timm's weights of the dense model.
+        keep: share of keys that every query attends to, or one per layer.
+        sparsify_config: the whole configuration instead of the preset "paper".
+        **kwargs: arguments of the dense model.
+    """
+    create.__module__ = __name__
+    globals()[create.__name__] = create  # timm looks entry points up in their module
+    registered: Callable[..., nn.Module] = register_model(create)
+    return registered
+
+
+for _name in _DENSE_NAMES:
+    _register(_name)

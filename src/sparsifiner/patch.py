@@ -1,0 +1,163 @@
+"""Makes a timm model sparse in place, and dense again."""
+
+import logging
+import warnings
+from typing import Any, cast
+
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import nn
+
+from sparsifiner.attention import CurrentGrid, SparseAttention
+from sparsifiner.config import SparsifyConfig, make_config
+from sparsifiner.layout import TokenLayout
+from sparsifiner.scorers import Scorer, make_scorer
+
+_logger = logging.getLogger(__name__)
+
+# fields that shape a scorer: with these equal, calling sparsify again keeps the scorer and its weights
+_SCORER_FIELDS = ("scorer", "basis", "reduced_dim", "coef_topk", "basis_threshold", "legacy", "seed")
+
+
+def sparsify(
+    model: nn.Module, config: SparsifyConfig | None = None, *, preset: str | None = None, **options: Any
+) -> nn.Module:
+    """Makes the attention of a timm `VisionTransformer` sparse, in place, keeping its weights.
+
+    On a sparse model it changes only the configuration: scorers of the same kind keep their weights.
+
+    Args:
+        model: a plain timm Vision Transformer; `why_not(model)` says whether it will do.
+        config: the whole configuration, or
+        preset: "fast" (the default: training-free, made for wall-clock time) or "paper" (the learned
+            low-rank scorer, one key list per query), with
+        **options: fields of `SparsifyConfig` to change, such as `keep=0.1`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: `config` is no SparsifyConfig.
+        ValueError: the model cannot be converted or the configuration is impossible; the model is
+            then as it was.
+
+    Example:
+        >>> model = sparsify(timm.create_model("deit_small_patch16_224"), keep=0.1)
+    """
+    if config is None:
+        config = make_config(preset or "fast", **options)
+    elif not isinstance(config, SparsifyConfig):
+        raise TypeError(f"config must be a SparsifyConfig, got {type(config).__name__}")
+    elif preset is not None or options:
+        given = ", ".join([*(["preset"] if preset else []), *options])
+        raise ValueError(f"give either config or {given}, not both")
+    reasons = why_not(model)
+    if reasons:
+        raise ValueError(
+            "model cannot be made sparse: " + "; ".join(reasons) + ". Use a plain timm VisionTransformer"
+        )
+    assert isinstance(model, VisionTransformer)
+    if isinstance(config.keep, tuple) and len(config.keep) != len(model.blocks):
+        raise ValueError(
+            f"keep has {len(config.keep)} entries, but the model has {len(model.blocks)} layers; "
+            "give one number, or one per layer"
+        )
+
+    layers = [block.attn for block in model.blocks]
+    sparse_before = [layer for layer in layers if isinstance(layer, SparseAttention)]
+    grid = sparse_before[0].grid if sparse_before else _current_grid(model)
+    native = TokenLayout(_native_grid(model), model.num_prefix_tokens)
+    untrained = False
+    for index, (block, layer) in enumerate(zip(model.blocks, layers, strict=True)):
+        if isinstance(layer, SparseAttention):
+            if not _same_scorer(layer.config, config):
+                layer.scorer = _place(
+                    make_scorer(config, index, native, layer.num_heads, layer.head_dim), layer
+                )
+                untrained = True
+            layer.configure(config)
+        else:
+            scorer = _place(make_scorer(config, index, native, layer.num_heads, layer.head_dim), layer)
+            sparse = SparseAttention(layer, scorer, grid, model.num_prefix_tokens, index, config)
+            block.attn = sparse.train(layer.training)
+            untrained = True
+    if untrained and config.scorer == "lowrank":
+        warnings.warn(
+            "the low-rank scorer is untrained and chooses keys by chance: load trained weights, or train it",
+            stacklevel=2,
+        )
+    if native.tokens < config.min_tokens:
+        _logger.info(
+            "sparsifiner: all layers stay dense at %d tokens (min_tokens=%d)",
+            native.tokens,
+            config.min_tokens,
+        )
+    return cast("nn.Module", model)
+
+
+def desparsify(model: nn.Module) -> nn.Module:
+    """Makes a sparse model dense again, in place, with the weights that it has now.
+
+    Args:
+        model: a model that `sparsify` converted; a dense one is left as it is.
+
+    Returns:
+        The same model, its original attention modules back in their places.
+    """
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, SparseAttention):
+                child.grid.remove()
+                setattr(module, name, child.dense_module())
+    return model
+
+
+def why_not(model: nn.Module) -> list[str]:
+    """Reasons why a model cannot be made sparse; empty if it can.
+
+    Args:
+        model: any module.
+    """
+    if not isinstance(model, VisionTransformer):
+        return [f"{type(model).__name__} is not a timm VisionTransformer"]
+    reasons = []
+    if getattr(model.patch_embed, "grid_size", None) is None:
+        reasons.append(f"{type(model.patch_embed).__name__} has no patch grid (grid_size)")
+    for index, block in enumerate(model.blocks):
+        attn = getattr(block, "attn", None)
+        if type(block) not in {Block, ResPostBlock}:
+            reasons.append(f"block {index} is a {type(block).__name__}, which is not supported")
+        elif not (type(attn) is Attention or isinstance(attn, SparseAttention)):
+            reasons.append(f"block {index} has a {type(attn).__name__} where an Attention is needed")
+    return reasons
+
+
+def sparse_layers(model: nn.Module) -> list[SparseAttention]:
+    """The sparse attention layers of a model, in order.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, SparseAttention)]
+    if not layers:
+        raise ValueError("model has no sparse attention; call sparsifiner.sparsify(model) first")
+    return layers
+
+
+def _native_grid(model: VisionTransformer) -> tuple[int, int]:
+    height, width = model.patch_embed.grid_size
+    return int(height), int(width)
+
+
+def _current_grid(model: VisionTransformer) -> CurrentGrid:
+    return CurrentGrid(model.patch_embed, bool(model.dynamic_img_size))
+
+
+def _same_scorer(old: SparsifyConfig, new: SparsifyConfig) -> bool:
+    return all(getattr(old, name) == getattr(new, name) for name in _SCORER_FIELDS)
+
+
+def _place(scorer: Scorer, layer: SparseAttention | Attention) -> Scorer:
+    """Moves a new scorer to where its layer computes."""
+    weight = layer.qkv.weight
+    return scorer.to(device=weight.device, dtype=weight.dtype).train(layer.training)

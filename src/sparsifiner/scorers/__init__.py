@@ -1,0 +1,56 @@
+"""Scorers: which keys matter to a row of queries."""
+
+from collections.abc import Callable
+
+from sparsifiner.config import SparsifyConfig
+from sparsifiner.layout import TokenLayout
+from sparsifiner.scorers.base import ListSpec, Scorer
+from sparsifiner.scorers.lowrank import LowRankScorer
+from sparsifiner.scorers.patterns import OracleScorer, RandomScorer, StridedScorer, WindowScorer
+from sparsifiner.scorers.pooled import PooledScorer
+
+__all__ = [
+    "ListSpec",
+    "LowRankScorer",
+    "OracleScorer",
+    "PooledScorer",
+    "RandomScorer",
+    "Scorer",
+    "StridedScorer",
+    "WindowScorer",
+    "make_scorer",
+]
+
+_WITHOUT_OPTIONS: dict[str, Callable[[], Scorer]] = {
+    "pooled": PooledScorer,
+    "oracle": OracleScorer,
+    "window": WindowScorer,
+    "strided": StridedScorer,
+}
+
+
+def make_scorer(
+    config: SparsifyConfig, layer: int, layout: TokenLayout, num_heads: int, head_dim: int
+) -> Scorer:
+    """Builds the scorer of one layer.
+
+    Args:
+        config: names the scorer and its options.
+        layer: index of the layer.
+        layout: tokens at the model's native image size.
+        num_heads: heads of the layer.
+        head_dim: d.
+    """
+    if config.scorer == "lowrank":
+        return LowRankScorer(
+            layout,
+            head_dim,
+            basis=max(1, layout.tokens // 6) if config.legacy else config.basis,
+            reduced_dim=config.reduced_dim,
+            coef_topk=config.coef_topk,
+            basis_threshold=config.basis_threshold,
+            legacy_heads=num_heads if config.legacy else None,
+        )
+    if config.scorer == "random":
+        return RandomScorer(config.seed, layer)
+    return _WITHOUT_OPTIONS[config.scorer]()

@@ -1,0 +1,100 @@
+"""What a scorer is: scores for rows of queries, turned into key lists."""
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sparsifiner.connectivity import Connectivity
+from sparsifiner.layout import TokenLayout
+from sparsifiner.ops import select_topk
+
+# scores(start, stop) gives the scores of those rows: [B or 1, H, stop - start, N]
+RowScores = Callable[[int, int], Tensor]
+
+# Scores that exist at once: small enough for a CPU's cache, large enough to fill a GPU.
+_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+
+
+@dataclass(frozen=True)
+class ListSpec:
+    """The lists that a layer wants.
+
+    Attributes:
+        layout: where the tokens lie.
+        tile: side of the tile of queries that share a list.
+        budget: keys in each list.
+        forced: prefix keys that are in every list.
+        scale: factor of the layer's logits.
+        backend: backend of the selection.
+    """
+
+    layout: TokenLayout
+    tile: int
+    budget: int
+    forced: int
+    scale: float
+    backend: str = "auto"
+
+    @property
+    def rows(self) -> int:
+        """Number of lists per head."""
+        return self.layout.squares(self.tile)
+
+
+class Scorer(nn.Module):
+    """Scores every key for every row and selects each row's list.
+
+    Scores are computed and selected from in chunks of rows, so that no [rows, N] tensor exists
+    whole: at tile 1 that would be N x N.
+    """
+
+    @abstractmethod
+    def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
+        """Prepares what all rows share and returns the function that scores rows.
+
+        Args:
+            q: [B, H, N, d] unscaled queries, prefix included.
+            k: [B, H, N, d] keys.
+            spec: the lists wanted.
+        """
+
+    def elements_per_row(self, spec: ListSpec) -> int:
+        """Size of the largest tensor that one row of one head needs."""
+        return spec.layout.tokens
+
+    @torch.no_grad()
+    def scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> Tensor:
+        """All scores at once, [B or 1, H, rows, N]: for tests and pictures."""
+        return self.row_scores(q, k, spec)(0, spec.rows)
+
+    @torch.no_grad()
+    def forward(self, q: Tensor, k: Tensor, spec: ListSpec) -> Connectivity:
+        """Key lists of one layer; they carry no gradient.
+
+        Args:
+            q: [B, H, N, d] unscaled queries, prefix included.
+            k: [B, H, N, d] keys.
+            spec: the lists wanted.
+        """
+        B, H = q.shape[:2]
+        chunk_elements = _CHUNK_ELEMENTS.get(q.device.type, _CHUNK_ELEMENTS["cuda"])
+        chunk = max(1, chunk_elements // (B * H * self.elements_per_row(spec)))
+        own = spec.layout.square_tokens(spec.tile, q.device)
+        # scores are compared in fp32, so autocast must not round them
+        with torch.autocast(q.device.type, enabled=False):
+            scores = self.row_scores(q, k, spec)
+            lists = [
+                select_topk(
+                    scores(start, min(start + chunk, spec.rows)),
+                    spec.budget,
+                    forced=spec.forced,
+                    own=own[start : start + chunk],
+                    backend=spec.backend,
+                )
+                for start in range(0, spec.rows, chunk)
+            ]
+        indices = torch.cat(lists, 2).expand(B, H, -1, -1)
+        return Connectivity(indices, spec.layout.grid, spec.tile, spec.layout.prefix)

@@ -1,0 +1,159 @@
+"""The paper's connectivity predictor: a learned low-rank sketch of the attention map."""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed, trunc_normal_
+from torch import Tensor, nn
+
+from sparsifiner.connectivity import Connectivity
+from sparsifiner.layout import TokenLayout
+from sparsifiner.ops.precision import accumulation_dtype
+from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
+
+
+class LowRankScorer(Scorer):
+    """Scores Â = C̃ Ũᵀ: a few coefficients per query times a sparse basis over the keys.
+
+    ```
+    q', k'  = q W_q + b_q, k W_k + b_k                      [B, H, N, c]
+    k_down  = W_downᵀ k'                                    [B, H, K, c]
+    C       = softmax_K(s · q' k_downᵀ)                     [B, H, rows, K], s = c ** -0.5
+    C̃       = the `coef_topk` largest of each row of C, the others 0
+    Ũ       = |W_up| where it exceeds `basis_threshold`, else 0     [N, K]
+    Â       = C̃ Ũᵀ                                          [B, H, rows, N]
+    ```
+
+    A row of a tile starts from the tile's mean query. `W_down` and `W_up` keep the size of the
+    native grid and are resampled for any other.
+
+    Args:
+        layout: tokens at the native image size.
+        head_dim: d.
+        basis: K.
+        reduced_dim: c, half of d by default.
+        coef_topk: coefficients kept.
+        basis_threshold: smallest magnitude of a basis entry.
+        legacy_heads: number of heads for the released temperature `heads ** -0.5`, None for ours;
+            the product is then dense and ties are settled by `torch.topk`, as released.
+
+    Source:
+        Wei et al., "Sparsifiner", CVPR 2023, section 3.2.
+    """
+
+    # released checkpoints keep the parameters under these names
+    RELEASED_NAMES = (("proj_c_q", "query"), ("proj_c_k", "key"), ("proj_back_n", "up"), ("proj_n", "down"))
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        head_dim: int,
+        *,
+        basis: int = 32,
+        reduced_dim: int | None = None,
+        coef_topk: int = 8,
+        basis_threshold: float = 0.02,
+        legacy_heads: int | None = None,
+    ) -> None:
+        super().__init__()
+        reduced_dim = max(1, head_dim // 2) if reduced_dim is None else reduced_dim
+        self.native_layout = layout
+        self.coef_topk = coef_topk
+        self.basis_threshold = basis_threshold
+        self.legacy_heads = legacy_heads
+        self.query = nn.Linear(head_dim, reduced_dim)
+        self.key = nn.Linear(head_dim, reduced_dim)
+        self.down = nn.Parameter(torch.empty(layout.tokens, basis))
+        self.up = nn.Parameter(torch.empty(layout.tokens, basis))
+        self.temperature = reduced_dim**-0.5 if legacy_heads is None else legacy_heads**-0.5
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal of standard deviation .02, biases 0."""
+        for weight in (self.query.weight, self.key.weight, self.down, self.up):
+            trunc_normal_(weight, std=0.02)
+        nn.init.zeros_(self.query.bias)
+        nn.init.zeros_(self.key.bias)
+
+    def coefficients(self, q: Tensor, k: Tensor, layout: TokenLayout, tile: int = 1) -> Tensor:
+        """C, all K coefficients of every row: [B, H, rows, K], rows sum to 1."""
+        accurate = accumulation_dtype(q.dtype)
+        query = layout.square_means(q[:, :, layout.prefix :].to(accurate), tile)
+        reduced_query = F.linear(query, self.query.weight.to(accurate), self.query.bias.to(accurate))
+        reduced_key = F.linear(k.to(accurate), self.key.weight.to(accurate), self.key.bias.to(accurate))
+        down = self._resampled_down(layout).to(accurate)
+        key_down = (reduced_key.mT @ down).mT  # [B, H, K, c]
+        logits: Tensor = reduced_query @ key_down.mT * self.temperature
+        return logits.softmax(-1)
+
+    def basis(self, layout: TokenLayout) -> Tensor:
+        """Ũ, the sparse basis: [N, K], never negative."""
+        magnitude = self._resampled_up(layout).abs()
+        return torch.where(magnitude > self.basis_threshold, magnitude, 0.0)
+
+    def dense_scores(self, q: Tensor, k: Tensor, layout: TokenLayout) -> Tensor:
+        """C W_upᵀ, signed and before both thresholds: what the released stage 1 fits, [B, H, rows, N]."""
+        return self.coefficients(q, k, layout) @ self._resampled_up(layout).mT
+
+    def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
+        """See `Scorer.row_scores`."""
+        coefficients = self.coefficients(q, k, spec.layout, spec.tile)
+        largest = coefficients.topk(min(self.coef_topk, self.up.shape[1]), -1)
+        basis = self.basis(spec.layout).to(coefficients.dtype).mT.contiguous()  # [K, N]
+        if self.legacy_heads is not None:
+            sparse = torch.zeros_like(coefficients).scatter(-1, largest.indices, largest.values)
+            return lambda start, stop: sparse[:, :, start:stop] @ basis
+
+        def scores(start: int, stop: int) -> Tensor:
+            # a sparse product: `coef_topk` basis rows per row of scores instead of all K
+            index = largest.indices[:, :, start:stop]
+            weight = largest.values[:, :, start:stop]
+            flat = F.embedding_bag(
+                index.reshape(-1, index.shape[-1]),
+                basis,
+                per_sample_weights=weight.reshape(-1, weight.shape[-1]),
+                mode="sum",
+            )
+            return flat.view(*index.shape[:-1], -1)
+
+        return scores
+
+    @torch.no_grad()
+    def forward(self, q: Tensor, k: Tensor, spec: ListSpec) -> Connectivity:
+        """See `Scorer.forward`; the legacy switch selects as the released code did."""
+        if self.legacy_heads is None:
+            return super().forward(q, k, spec)
+        indices = self.scores(q, k, spec).topk(spec.budget, -1).indices.sort(-1).values.int()
+        return Connectivity(indices, spec.layout.grid, spec.tile, spec.layout.prefix)
+
+    def extra_repr(self) -> str:
+        """Sizes and thresholds."""
+        tokens, basis = self.up.shape
+        return f"tokens={tokens}, basis={basis}, coef_topk={self.coef_topk}, legacy={bool(self.legacy_heads)}"
+
+    def _resampled_down(self, layout: TokenLayout) -> Tensor:
+        """W_down at another grid: a quadrature over patches, so its sum over them is kept."""
+        if layout.grid == self.native_layout.grid:
+            return self.down
+        resampled = self._resample(self.down, layout)
+        gain = torch.ones(layout.tokens, 1, device=resampled.device)
+        gain[layout.prefix :] = self.native_layout.patches / layout.patches
+        return resampled * gain
+
+    def _resampled_up(self, layout: TokenLayout) -> Tensor:
+        """W_up at another grid, with the spread that the threshold was learned for."""
+        if layout.grid == self.native_layout.grid:
+            return self.up
+        resampled = self._resample(self.up, layout)
+        prefix, patches = resampled[: layout.prefix], resampled[layout.prefix :]
+        spread = self.up[layout.prefix :].std() / patches.std()
+        return torch.cat([prefix, patches * spread])
+
+    def _resample(self, weight: Tensor, layout: TokenLayout) -> Tensor:
+        resampled = resample_abs_pos_embed(
+            weight.unsqueeze(0),
+            new_size=list(layout.grid),
+            old_size=list(self.native_layout.grid),
+            num_prefix_tokens=layout.prefix,
+        )
+        assert isinstance(resampled, Tensor)
+        return resampled.squeeze(0)

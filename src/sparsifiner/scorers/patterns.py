@@ -1,0 +1,117 @@
+"""Scorers to compare with: fixed patterns, chance, and the true attention."""
+
+import torch
+from torch import Tensor
+
+from sparsifiner.ops.precision import accumulation_dtype
+from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
+
+
+class WindowScorer(Scorer):
+    """The keys nearest to the centre of the tile; prefix keys count as nearest."""
+
+    def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
+        """See `Scorer.row_scores`."""
+        layout = spec.layout
+        patch = torch.arange(layout.patches, device=q.device)
+        position = torch.stack([patch // layout.grid[1], patch % layout.grid[1]], -1).float()  # [patches, 2]
+        centre = layout.square_means(position[None, None], spec.tile)[0, 0]  # [rows, 2]
+
+        def scores(start: int, stop: int) -> Tensor:
+            distance = (centre[start:stop, None] - position).square().sum(-1)
+            nearness = torch.nn.functional.pad(-distance, (layout.prefix, 0), value=torch.inf)
+            return nearness.expand(1, q.shape[1], -1, -1)
+
+        return scores
+
+
+class StridedScorer(Scorer):
+    """Every s-th token, counted from the row's first token, with s as wide as the budget allows.
+
+    Source:
+        Child et al., "Generating Long Sequences with Sparse Transformers", 2019: the strided pattern.
+    """
+
+    def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
+        """See `Scorer.row_scores`."""
+        N = spec.layout.tokens
+        stride = -(-N // spec.budget)
+        first = spec.layout.square_tokens(spec.tile, q.device)[:, :1]  # [rows, 1]
+        token = torch.arange(N, device=q.device)
+
+        def scores(start: int, stop: int) -> Tensor:
+            behind = (token - first[start:stop]) % stride
+            return -behind.float().expand(1, q.shape[1], -1, -1)
+
+        return scores
+
+
+class RandomScorer(Scorer):
+    """Uniform scores, fixed by (seed, layer): the same for every image, device and chunking.
+
+    Args:
+        seed: seed of the whole model.
+        layer: index of the layer.
+    """
+
+    def __init__(self, seed: int, layer: int) -> None:
+        super().__init__()
+        self.seed = seed
+        self.layer = layer
+
+    def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
+        """See `Scorer.row_scores`."""
+        N, H = spec.layout.tokens, q.shape[1]
+        stream = _hash(_hash(torch.tensor(self.seed, device=q.device)) + self.layer)
+        head = _hash(torch.arange(H, device=q.device) + stream).view(1, H, 1, 1)
+        token = torch.arange(N, device=q.device)
+
+        def scores(start: int, stop: int) -> Tensor:
+            row = torch.arange(start, stop, device=q.device).view(-1, 1)
+            bits = _hash(_hash(row + head) + token)
+            return (bits >> 8).float()  # 24 bits are exact in fp32
+
+        return scores
+
+    def extra_repr(self) -> str:
+        """Seed and layer."""
+        return f"seed={self.seed}, layer={self.layer}"
+
+
+def _hash(x: Tensor) -> Tensor:
+    """Mixes the low 32 bits of int64 numbers; a counter-based generator needs no state.
+
+    Source:
+        The two-multiplication integer mixers of Chris Wellons' hash prospector, public domain.
+    """
+    mask = 0xFFFFFFFF
+    x = x & mask
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
+    return x ^ (x >> 16)
+
+
+class OracleScorer(Scorer):
+    """The tile's mean attention probabilities: what a perfect scorer would rank by.
+
+    It computes the whole dense attention, so it serves to compare, never to save.
+    """
+
+    def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
+        """See `Scorer.row_scores`."""
+        accurate = accumulation_dtype(q.dtype)
+        layout = spec.layout
+        query = layout.split_squares(q[:, :, layout.prefix :].to(accurate), spec.tile)  # [B, H, T, m, d]
+        key = k.to(accurate).mT.unsqueeze(2)
+        exists = layout.split_squares(torch.ones_like(q[:1, :1, layout.prefix :, :1]), spec.tile)
+        weight = exists / exists.sum(3, keepdim=True)  # [1, 1, T, m, 1]
+
+        def scores(start: int, stop: int) -> Tensor:
+            attention = (query[:, :, start:stop] @ key * spec.scale).softmax(-1)
+            return (attention * weight[:, :, start:stop]).sum(3)
+
+        return scores
+
+    def elements_per_row(self, spec: ListSpec) -> int:
+        """All queries of a tile."""
+        return spec.layout.tokens * spec.tile**2

@@ -1,0 +1,20 @@
+"""Tile-mean query · key: the scorer that needs no training."""
+
+from torch import Tensor
+
+from sparsifiner.ops.precision import accumulation_dtype
+from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
+
+
+class PooledScorer(Scorer):
+    """Scores a key by its product with the mean query of the tile.
+
+    At tile 8 this costs 1/64 of QKᵀ; at tile 1 it is QKᵀ.
+    """
+
+    def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
+        """See `Scorer.row_scores`."""
+        accurate = accumulation_dtype(q.dtype)
+        query = spec.layout.square_means(q[:, :, spec.layout.prefix :].to(accurate), spec.tile)
+        key = k.to(accurate).mT
+        return lambda start, stop: query[:, :, start:stop] @ key

@@ -1,0 +1,80 @@
+"""Opt-in recording of what every layer attended to."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsifiner.attention import SparseAttention, dense_connectivity
+from sparsifiner.connectivity import Connectivity
+from sparsifiner.layout import TokenLayout
+from sparsifiner.patch import sparse_layers
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one layer did in the last forward.
+
+    Attributes:
+        connectivity: its key lists; lists of all keys where the layer stayed dense.
+        summary: side of its summary windows, None for none.
+        dense: whether it stayed dense.
+    """
+
+    connectivity: Connectivity
+    summary: int | None
+    dense: bool
+
+
+@contextmanager
+def trace(model: nn.Module) -> Iterator[dict[int, LayerTrace]]:
+    """Records the key lists of every layer while the context is open.
+
+    Args:
+        model: a sparse model.
+
+    Yields:
+        A mapping from layer index to the `LayerTrace` of the last forward.
+
+    Example:
+        >>> with sparsifiner.trace(model) as t:
+        ...     model(images)
+        >>> t[3].connectivity.indices  # int32 [B, H, rows, k]
+    """
+    traces: dict[int, LayerTrace] = {}
+    handles = []
+    for layer in sparse_layers(model):
+        handles.append(layer.register_forward_pre_hook(_forget(traces, layer)))
+        handles.append(layer.scorer.register_forward_hook(_record_lists(traces, layer)))
+        handles.append(layer.register_forward_hook(_record_dense(traces, layer)))
+    try:
+        yield traces
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _forget(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
+    def hook(module: nn.Module, args: Any) -> None:
+        traces.pop(layer.layer, None)
+
+    return hook
+
+
+def _record_lists(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
+    def hook(module: nn.Module, args: Any, connectivity: Connectivity) -> None:
+        traces[layer.layer] = LayerTrace(connectivity, layer.summary, dense=False)
+
+    return hook
+
+
+def _record_dense(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
+    def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+        if layer.layer not in traces:
+            layout = TokenLayout(layer.grid.current(), layer.prefix)
+            lists = dense_connectivity(len(out), layer.num_heads, layout, layer.config.tile, out)
+            traces[layer.layer] = LayerTrace(lists, None, dense=True)
+
+    return hook

@@ -1,0 +1,308 @@
+"""sparsify, desparsify, why_not and trace on real timm architectures."""
+
+import copy
+import logging
+import pickle
+import shutil
+import threading
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import sparsifiner
+from sparsifiner import SparsifyConfig
+from sparsifiner.attention import SparseAttention
+from sparsifiner.patch import sparse_layers
+from tests.models import ARCHITECTURES, make_images, make_model
+
+has_cxx = shutil.which("g++") or shutil.which("clang++")
+
+
+def resize(model, size):
+    if not model.dynamic_img_size:
+        model.set_input_size(img_size=(size, size))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_keeping_everything_is_the_dense_model(name):
+    model = make_model(name)
+    for size in ARCHITECTURES[name][2]:
+        resize(model, size)
+        images = make_images(size)
+        with torch.no_grad():
+            dense = model(images)
+            sparsifiner.sparsify(model, keep=1.0, summary=None)
+            assert (model(images) - dense).abs().max() < 1e-5
+            # summaries of single patches are exact, so this too, through the sparse path
+            for tile in (1, 4):
+                sparsifiner.sparsify(model, keep=0.1, tile=tile, summary=1)
+                with sparsifiner.trace(model) as traces:
+                    assert (model(images) - dense).abs().max() < 1e-5
+                assert not traces[0].dense
+        sparsifiner.desparsify(model)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep": 0.1, "tile": 4},
+        {"keep": 0.25, "tile": 1, "summary": None, "scorer": "lowrank"},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
+def test_architectures_run_at_two_sizes_backpropagate_and_compile(name, options):
+    model = sparsifiner.sparsify(make_model(name), **options)
+    sizes = ARCHITECTURES[name][2]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for size in sizes:
+        resize(model, size)
+        images = make_images(size)
+        with torch.no_grad():
+            reference = sparsifiner.sparsify(copy.deepcopy(model), backend="reference", **options)
+            expected = reference(images)
+            assert (model(images) - expected).abs().max() < 1e-4
+            assert (compiled(images) - expected).abs().max() < 1e-4
+            with sparsifiner.trace(model) as traces:
+                model(images)
+            assert sorted(traces) == [0, 1]
+            assert not traces[0].dense
+    model.train()
+    model(make_images(sizes[-1])).square().sum().backward()
+    for parameter_name, parameter in model.named_parameters():
+        # no gradient flows through the selection, and an unused head of timm's has none either
+        if ".scorer." not in parameter_name:
+            assert parameter.grad is not None, parameter_name
+            assert torch.isfinite(parameter.grad).all()
+
+
+@pytest.mark.skipif(not has_cxx, reason="Inductor needs a C++ compiler")
+def test_inductor_runs_the_fast_preset_forward_and_backward():
+    model = sparsifiner.sparsify(make_model("deit"), keep=0.1)
+    images = make_images(224)
+    compiled = torch.compile(model, fullgraph=True)
+    expected = model(images)
+    actual = compiled(images)
+    assert (actual - expected).abs().max() < 1e-4
+    expected_gradient = torch.autograd.grad(expected.square().sum(), model.patch_embed.proj.weight)[0]
+    actual_gradient = torch.autograd.grad(actual.square().sum(), model.patch_embed.proj.weight)[0]
+    assert (actual_gradient - expected_gradient).norm() < 1e-4 * expected_gradient.norm()
+
+
+def test_desparsify_restores_the_model_exactly():
+    model = make_model("deit")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    modules = dict(model.named_modules())
+    images = make_images(224)
+    before = model(images)
+    sparsifiner.sparsify(model, keep=0.1)
+    assert [key for key in model.state_dict() if key not in state] == []
+    model(images)
+    assert sparsifiner.desparsify(model) is model
+    assert dict(model.named_modules()) == modules
+    assert torch.equal(model(images), before)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_desparsify_keeps_what_was_trained_and_replaced_since():
+    model = sparsifiner.sparsify(make_model("deit"), keep=0.5)
+    layer = model.blocks[0].attn
+    layer.proj = nn.Linear(48, 48)
+    with torch.no_grad():
+        layer.qkv.weight.add_(1)
+    model.train()
+    dense = sparsifiner.desparsify(model).blocks[0].attn
+    assert dense.proj is layer.proj
+    assert dense.qkv.weight is layer.qkv.weight
+    assert dense.training
+
+
+def test_dynamic_sizes_are_followed_per_call_and_thread():
+    model = sparsifiner.sparsify(make_model("internvit dynamic"), keep=0.2, tile=2)
+    sizes = [(112, 112), (154, 112), (98, 154), (140, 140)]
+    expected = {}
+    for size in sizes:
+        with sparsifiner.trace(model) as traces:
+            expected[size] = model(make_images(size, batch=1) * 0 + 1)
+        assert traces[1].connectivity.grid == (size[0] // 14, size[1] // 14)
+    results = {size: [] for size in sizes}
+
+    def run(size):
+        with torch.no_grad():
+            results[size].extend(model(torch.ones(1, 3, *size)) for _ in range(10))
+
+    threads = [threading.Thread(target=run, args=(size,)) for size in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for size in sizes:
+        assert len(results[size]) == 10
+        assert all((out - expected[size]).abs().max() < 1e-5 for out in results[size])
+    sparsifiner.desparsify(model)
+    assert not model.patch_embed._forward_hooks
+
+
+@pytest.mark.parametrize("name", ["deit", "internvit dynamic"])
+def test_copies_and_pickles_compute_the_same_on_their_own(name):
+    model = sparsifiner.sparsify(make_model(name), keep=0.1)
+    images = make_images(ARCHITECTURES[name][2][0])
+    expected = model(images)
+    for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert clone.blocks[0].attn.grid.patch_embed is clone.patch_embed
+        assert torch.equal(clone(images), expected)
+
+
+def test_second_call_changes_only_the_configuration():
+    model = make_model("deit")
+    with pytest.warns(UserWarning, match="untrained"):
+        sparsifiner.sparsify(model, preset="paper", keep=0.25)
+    scorer = model.blocks[0].attn.scorer
+    weight = scorer.up.detach().clone()
+    sparsifiner.sparsify(model, preset="paper", keep=[0.5, 0.1], backend="reference")
+    assert model.blocks[0].attn.scorer is scorer
+    assert torch.equal(scorer.up, weight)
+    assert [layer.config.keep_of(layer.layer) for layer in sparse_layers(model)] == [0.5, 0.1]
+    sparsifiner.sparsify(model, keep=0.1)
+    assert model.blocks[0].attn.scorer is not scorer
+
+
+def test_trace_of_layers_that_stay_dense_lists_every_key():
+    model = sparsifiner.sparsify(make_model("deit"), keep=[1.0, 0.1], summary=None)
+    with sparsifiner.trace(model) as traces:
+        model(make_images(224))
+    assert traces[0].dense
+    assert traces[0].connectivity.to_mask().all()
+    assert traces[1].connectivity.indices.shape == (2, 3, 4, 20)
+    assert traces[1].connectivity.density() == pytest.approx(20 / 197)
+    hooks = [module._forward_hooks for module in model.modules()]
+    assert not any(hooks)
+
+
+def test_small_inputs_stay_dense_below_min_tokens(caplog):
+    model = make_model("deit")
+    images = make_images(224)
+    dense = model(images)
+    with caplog.at_level(logging.INFO, logger="sparsifiner"):
+        sparsifiner.sparsify(model, keep=0.1, min_tokens=198)
+    assert caplog.text.count("stay dense") == 1
+    assert (model(images) - dense).abs().max() < 1e-5
+    sparsifiner.sparsify(model, keep=0.1, min_tokens=197)
+    assert (model(images) - dense).abs().max() > 1e-4
+
+
+def test_intermediates_and_hooks_see_raster_order():
+    model = sparsifiner.sparsify(make_model("deit"), keep=0.1, tile=4, summary=1)
+    images = make_images(224)
+    sparse = model.forward_intermediates(images, intermediates_only=True)
+    dense = sparsifiner.desparsify(model).forward_intermediates(images, intermediates_only=True)
+    for a, b in zip(sparse, dense, strict=True):
+        assert (a - b).abs().max() < 1e-5
+
+
+def test_autocast_runs_and_stays_close():
+    model = sparsifiner.sparsify(make_model("deit"), keep=0.25)
+    images = make_images(224)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        low = model(images)
+    assert (low.float() - model(images)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (lambda: nn.Linear(2, 2), "Linear is not a timm VisionTransformer"),
+        (lambda: timm.create_model("test_resnet"), "ResNet is not a timm VisionTransformer"),
+        (lambda: timm.create_model("vit_dwee_patch16_reg1_gap_256", depth=1), "block 0 has a DiffAttention"),
+        (
+            lambda: timm.create_model("vit_dpwee_patch16_reg1_gap_256", depth=1),
+            "block 0 is a DiffParallelScalingBlock",
+        ),
+    ],
+)
+def test_unsupported_models_are_refused_with_the_reason(build, reason):
+    model = build()
+    assert any(reason in why for why in sparsifiner.why_not(model))
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match=reason):
+        sparsifiner.sparsify(model)
+    assert dict(model.named_modules()) == before
+
+
+def test_supported_models_have_no_reason():
+    model = make_model("deit")
+    assert sparsifiner.why_not(model) == []
+    assert sparsifiner.why_not(sparsifiner.sparsify(model)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": 0}, r"keep must lie in \(0, 1\]"),
+        ({"keep": 1.5}, r"keep must lie in \(0, 1\].*1\.5"),
+        ({"keep": float("nan")}, "keep must lie in"),
+        ({"keep": []}, "empty list"),
+        ({"keep": [0.1, 0.2, 0.3]}, "keep has 3 entries, but the model has 2 layers"),
+        ({"keep": "0.1"}, "keep must be a number"),
+        ({"tile": 0}, "tile must be at least 1, got 0"),
+        ({"tile": 2.5}, "tile must be a whole number"),
+        ({"summary": 0}, "summary must be at least 1, got 0; use None"),
+        ({"summary": "big"}, "summary must be a whole number"),
+        ({"scorer": "best"}, "scorer='best' is unknown"),
+        ({"coef_topk": 64}, "coef_topk=64 exceeds basis=32"),
+        ({"backend": "cuda"}, "backend='cuda' is unknown"),
+        ({"min_tokens": -1}, "min_tokens must be at least 0"),
+        ({"legacy": True}, "needs scorer='lowrank', got 'pooled'"),
+        ({"preset": "paper", "legacy": True, "backend": "torch"}, "runs on backend='reference' only"),
+        ({"preset": "slow"}, "preset='slow' is unknown"),
+        ({"kep": 0.1}, "'kep' is no option of SparsifyConfig"),
+    ],
+)
+def test_impossible_configurations_are_named_and_change_nothing(options, message):
+    model = make_model("deit")
+    with pytest.raises((TypeError, ValueError), match=message):
+        sparsifiner.sparsify(model, **options)
+    assert not any(isinstance(module, SparseAttention) for module in model.modules())
+
+
+def test_config_and_options_exclude_each_other():
+    with pytest.raises(ValueError, match="either config or preset, keep, not both"):
+        sparsifiner.sparsify(make_model("deit"), SparsifyConfig(), preset="fast", keep=0.1)
+    with pytest.raises(TypeError, match="config must be a SparsifyConfig, got float"):
+        sparsifiner.sparsify(make_model("deit"), 0.1)
+
+
+def test_calls_that_sparse_attention_cannot_serve_are_refused():
+    model = sparsifiner.sparsify(make_model("deit", attn_drop_rate=0.1), keep=0.1)
+    tokens = torch.randn(1, 197, 48)
+    layer = model.blocks[0].attn
+    with pytest.raises(ValueError, match="layer 0: attn_mask is not supported"):
+        layer(tokens, attn_mask=torch.ones(197, 197, dtype=torch.bool))
+    with pytest.raises(ValueError, match="layer 0: is_causal is not supported"):
+        layer(tokens, is_causal=True)
+    with pytest.raises(ValueError, match=r"got 100 tokens, but the grid is 14x14 patches.*set_input_size"):
+        layer(tokens[:, :100])
+    with pytest.raises(ValueError, match=r"attn_drop=0\.1 is not supported in training"):
+        model.train()(make_images(224))
+
+
+def test_patch_drop_is_refused_in_training():
+    model = sparsifiner.sparsify(make_model("deit", patch_drop_rate=0.5), keep=0.1)
+    model(make_images(224))
+    with pytest.raises(ValueError, match="switch patch_drop off"):
+        model.train()(make_images(224))
+
+
+@pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
+def test_registered_models_are_made_by_timm():
+    model = timm.create_model("sparsifiner_deit_small_patch16_224", keep=0.25, depth=1)
+    config = model.blocks[0].attn.config
+    assert (config.keep, config.scorer, config.tile, config.summary) == (0.25, "lowrank", 1, None)
+    for size in ("tiny", "base"):
+        assert timm.is_model(f"sparsifiner_deit_{size}_patch16_224")
+    custom = SparsifyConfig(keep=0.1, tile=4)
+    model = timm.create_model("sparsifiner_deit_tiny_patch16_224", sparsify_config=custom, depth=1)
+    assert model.blocks[0].attn.config == custom
