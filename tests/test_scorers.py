@@ -170,7 +170,7 @@ class TestReleased:
     @torch.no_grad()
     def test_scores_mask_and_output(self, layer, released):
         q, k, _ = layer.project(released["input"])
-        spec = layer.list_spec(197)
+        spec = layer.list_spec(layer.current_layout(197))
         assert spec.budget == 50
         scores = layer.scorer.scores(q, k, spec)
         # the scores reach .011, so this is two units in the last place: another CPU's matrix products

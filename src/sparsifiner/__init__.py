@@ -3,7 +3,16 @@
 from sparsifiner import models as models
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity
+from sparsifiner.measure.macs import count_macs
 from sparsifiner.patch import desparsify, sparsify, why_not
 from sparsifiner.trace import trace
 
-__all__ = ["Connectivity", "SparsifyConfig", "desparsify", "sparsify", "trace", "why_not"]
+__all__ = [
+    "Connectivity",
+    "SparsifyConfig",
+    "count_macs",
+    "desparsify",
+    "sparsify",
+    "trace",
+    "why_not",
+]

@@ -75,13 +75,15 @@ class SparseAttention(nn.Module):
                 do not fit the grid.
         """
         self._check_call(attn_mask, is_causal)
+        layout = self.current_layout(x.shape[1])
+        spec = self.list_spec(layout)
         q, k, v = self.project(x)
-        spec = self.list_spec(x.shape[1])
         if spec is None:
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
             connectivity = self.scorer(q, k, spec)
-            out = sparse_attention(q, k, v, connectivity, self.summary, self.scale, self.backend)
+            summary = self.summary_side(layout)
+            out = sparse_attention(q, k, v, connectivity, summary, self.scale, self.backend)
         return self.combine(x, out)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,10 +101,8 @@ class SparseAttention(nn.Module):
         projected: Tensor = self.proj_drop(self.proj(out))
         return projected
 
-    def list_spec(self, tokens: int) -> ListSpec | None:
-        """The lists wanted at the current grid, or None where this layer stays dense.
-
-        A layer that keeps every key is dense attention, and so is one below `min_tokens`.
+    def current_layout(self, tokens: int) -> TokenLayout:
+        """Where the tokens of the current input lie.
 
         Raises:
             ValueError: the number of tokens does not fit the grid.
@@ -115,18 +115,23 @@ class SparseAttention(nn.Module):
                 f"{self.prefix} prefix tokens = {layout.tokens}; call model.set_input_size(...) for another "
                 "image size, and switch patch_drop off (sparse attention needs every patch)"
             )
-        forced = forced_prefix(self.prefix, self.config.tile, self.summary)
-        budget = key_budget(self.keep, tokens, forced)
-        if tokens < self.config.min_tokens or budget == tokens:
-            return None
-        return ListSpec(layout, self.config.tile, budget, forced, self.scale, self.backend)
+        return layout
 
-    @property
-    def summary(self) -> int | None:
-        """Side of the summary windows at the current grid."""
-        if self.config.summary == "auto":
-            return TokenLayout(self.grid.current(), self.prefix).auto_summary()
-        return self.config.summary
+    def list_spec(self, layout: TokenLayout) -> ListSpec | None:
+        """The lists wanted, or None where this layer stays dense.
+
+        A layer that keeps every key is dense attention, and so is one below `min_tokens`.
+        """
+        config = self.config
+        forced = forced_prefix(self.prefix, config.tile, config.summary)
+        budget = key_budget(self.keep, layout.tokens, forced)
+        if layout.tokens < config.min_tokens or budget == layout.tokens:
+            return None
+        return ListSpec(layout, config.tile, budget, forced, self.scale, self.backend)
+
+    def summary_side(self, layout: TokenLayout) -> int | None:
+        """Side of the summary windows, None for no summaries."""
+        return layout.auto_summary() if self.config.summary == "auto" else self.config.summary
 
     @property
     def backend(self) -> str:

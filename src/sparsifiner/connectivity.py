@@ -29,7 +29,7 @@ def key_budget(keep: tuple[int, int], tokens: int, forced: int) -> int:
     return min(tokens, max(-(-numerator * tokens // denominator), forced + 1))
 
 
-def forced_prefix(prefix: int, tile: int, summary: int | None) -> int:
+def forced_prefix(prefix: int, tile: int, summary: int | str | None) -> int:
     """Number of prefix keys forced into every list.
 
     They are forced where queries share a list or windows are summarised, since no window holds

@@ -65,7 +65,7 @@ def _forget(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
 
 def _record_lists(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
     def hook(module: nn.Module, args: Any, connectivity: Connectivity) -> None:
-        traces[layer.layer] = LayerTrace(connectivity, layer.summary, dense=False)
+        traces[layer.layer] = LayerTrace(connectivity, layer.summary_side(connectivity.layout), dense=False)
 
     return hook
 

@@ -61,6 +61,10 @@ class Scorer(nn.Module):
             spec: the lists wanted.
         """
 
+    @abstractmethod
+    def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
+        """Multiply-accumulates per image of everything that the scorer multiplies."""
+
     def elements_per_row(self, spec: ListSpec) -> int:
         """Size of the largest tensor that one row of one head needs."""
         return spec.layout.tokens

@@ -117,6 +117,19 @@ class LowRankScorer(Scorer):
 
         return scores
 
+    def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
+        """See `Scorer.macs`: projections, k_down, coefficients and the sparse product, in this order."""
+        N, rows = spec.layout.tokens, spec.rows
+        reduced_dim, basis = self.query.out_features, self.up.shape[1]
+        coefficients_used = basis if self.legacy_heads is not None else min(self.coef_topk, basis)
+        per_head = (
+            (rows + N) * head_dim * reduced_dim
+            + N * basis * reduced_dim
+            + rows * basis * reduced_dim
+            + rows * coefficients_used * N
+        )
+        return num_heads * per_head
+
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, spec: ListSpec) -> Connectivity:
         """See `Scorer.forward`; the legacy switch selects as the released code did."""

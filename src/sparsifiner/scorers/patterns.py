@@ -7,7 +7,15 @@ from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
 
 
-class WindowScorer(Scorer):
+class _FixedScorer(Scorer):
+    """Scores that depend on positions alone cost no multiplications."""
+
+    def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
+        """See `Scorer.macs`."""
+        return 0
+
+
+class WindowScorer(_FixedScorer):
     """The keys nearest to the centre of the tile; prefix keys count as nearest."""
 
     def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
@@ -25,7 +33,7 @@ class WindowScorer(Scorer):
         return scores
 
 
-class StridedScorer(Scorer):
+class StridedScorer(_FixedScorer):
     """Every s-th token, counted from the row's first token, with s as wide as the budget allows.
 
     Source:
@@ -46,7 +54,7 @@ class StridedScorer(Scorer):
         return scores
 
 
-class RandomScorer(Scorer):
+class RandomScorer(_FixedScorer):
     """Uniform scores, fixed by (seed, layer): the same for every image, device and chunking.
 
     Args:
@@ -111,6 +119,10 @@ class OracleScorer(Scorer):
             return (attention * weight[:, :, start:stop]).sum(3)
 
         return scores
+
+    def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
+        """See `Scorer.macs`: all of QKᵀ but its prefix rows."""
+        return num_heads * spec.layout.patches * spec.layout.tokens * head_dim
 
     def elements_per_row(self, spec: ListSpec) -> int:
         """All queries of a tile."""

@@ -18,3 +18,7 @@ class PooledScorer(Scorer):
         query = spec.layout.square_means(q[:, :, spec.layout.prefix :].to(accurate), spec.tile)
         key = k.to(accurate).mT
         return lambda start, stop: query[:, :, start:stop] @ key
+
+    def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
+        """See `Scorer.macs`."""
+        return num_heads * spec.rows * spec.layout.tokens * head_dim

@@ -1,0 +1,123 @@
+"""MAC counts against the published tables and against torch's flop counter."""
+
+import pytest
+import timm
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import sparsifiner
+from sparsifiner.connectivity import exact_ratio
+from sparsifiner.measure.macs import paper_mhsa
+from tests.models import ARCHITECTURES, make_images, make_model
+
+DEIT_S = {"layers": 12, "heads": 6, "width": 384}
+LV_VIT_S = {"layers": 16, "heads": 6, "width": 384}
+
+# method.md, table A: keep -> MHSA in MMACs
+TABLE_A = {
+    0.9: 396.8, 0.8: 360.6, 0.7: 324.6, 0.6: 290.3, 0.5: 254.2, 0.4: 218.0, 0.3: 183.6, 0.2: 147.5,
+    0.1: 111.4, 0.05: 93.3, 0.01: 78.9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("keep", "published"), TABLE_A.items())
+def test_table_a(keep, published):
+    assert paper_mhsa(**DEIT_S, keep=exact_ratio(keep)) / 1e6 == pytest.approx(published, abs=0.2)
+
+
+def test_keeping_everything_by_the_paper_method_costs_more_than_dense():
+    assert paper_mhsa(**DEIT_S, keep=(1, 1)) / 1e6 == pytest.approx(431.1, abs=0.2)
+
+
+@pytest.mark.parametrize(("shape", "published"), [(DEIT_S, 357.7), (LV_VIT_S, 476.9)])
+def test_dense_rows(shape, published):
+    assert paper_mhsa(**shape, keep=None) / 1e6 == pytest.approx(published, abs=0.2)
+
+
+@pytest.mark.parametrize(("keep", "published"), [(0.5, 339.7), (0.25, 221.7), (0.1, 149.5)])
+def test_sparsifiner_lv_vit_s_rows(keep, published):
+    assert paper_mhsa(**LV_VIT_S, keep=exact_ratio(keep)) / 1e6 == pytest.approx(published, abs=0.2)
+
+
+def test_models_without_a_published_row_have_none():
+    assert paper_mhsa(12, 3, 192, keep=(1, 10)) is None
+
+
+@pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
+def test_report_of_the_paper_model():
+    model = timm.create_model("deit_small_patch16_224")
+    dense = sparsifiner.count_macs(model).to_dict()
+    assert dense["tokens"] == 197
+    assert dense["dense"] == {"attention": 12 * 2 * 384 * 197**2, "total": dense["sparse"]["total"]}
+    assert dense["sparse"]["scorer"] == 0
+    assert dense["paper"]["mhsa"] / 1e6 == pytest.approx(357.7, abs=0.2)
+
+    sparsifiner.sparsify(model, preset="paper", keep=0.1)
+    report = sparsifiner.count_macs(model, (3, 224, 224)).to_dict()
+    assert report["dense"] == dense["dense"]
+    assert report["paper"]["mhsa"] == pytest.approx(111.4e6, abs=0.2e6)
+    assert report["sparse"]["attention"] == 12 * 2 * 384 * (196 * 20 + 197)
+    # projections of q and k, k_down, coefficients, eight basis rows per query
+    per_head = (196 + 197) * 64 * 32 + 197 * 32 * 32 + 196 * 32 * 32 + 196 * 8 * 197
+    assert report["sparse"]["scorer"] == 12 * 6 * per_head
+    other = dense["dense"]["total"] - dense["dense"]["attention"]
+    assert report["sparse"]["total"] == report["sparse"]["attention"] + report["sparse"]["scorer"] + other
+
+
+def test_paper_accounting_is_only_for_the_paper_method():
+    model = timm.create_model("deit_small_patch16_224")
+    assert sparsifiner.count_macs(sparsifiner.sparsify(model, keep=0.1)).paper_mhsa is None
+
+
+def flops(model, images):
+    # the math backend is matrix products, which the counter sees
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_dense_totals_equal_torch_flop_counter(name):
+    model = make_model(name)
+    size = ARCHITECTURES[name][2][0]
+    report = sparsifiner.count_macs(model, (3, size, size)).to_dict()
+    assert 2 * report["dense"]["total"] == flops(model, make_images(size, batch=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "unseen"),
+    [
+        ({"tile": 4, "summary": 2}, 0),
+        ({"tile": 4, "summary": None, "scorer": "window"}, 0),
+        ({"tile": 1, "summary": None}, 0),
+        ({"tile": 2, "summary": 4, "scorer": "oracle"}, 0),
+        # the sparse product is an embedding bag, which the counter does not see
+        ({"tile": 1, "summary": None, "scorer": "lowrank"}, 2 * 3 * 144 * 8 * 145),
+        ({"tile": 1, "summary": None, "scorer": "lowrank", "legacy": True, "backend": "reference"}, None),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
+def test_sparse_totals_equal_torch_flop_counter(options, unseen):
+    model = sparsifiner.sparsify(make_model("deit", img_size=192), keep=0.1, **options)
+    report = sparsifiner.count_macs(model, (3, 192, 192)).to_dict()
+    counted = flops(model, make_images(192, batch=1))
+    if unseen is None:  # the reference computes every pair
+        report["sparse"]["total"] += report["dense"]["attention"] - report["sparse"]["attention"]
+        unseen = 0
+    assert 2 * (report["sparse"]["total"] - unseen) == counted
+
+
+def test_dynamic_and_resized_inputs():
+    dynamic = sparsifiner.sparsify(make_model("internvit dynamic"), keep=0.2, tile=2, summary=2)
+    assert sparsifiner.count_macs(dynamic, (3, 154, 112)).tokens == 89
+    model = make_model("deit")
+    with pytest.raises(ValueError, match=r"input_size=\(3, 256, 256\) does not fit.*set_input_size"):
+        sparsifiner.count_macs(model, (3, 256, 256))
+    model.set_input_size((256, 256))
+    assert sparsifiner.count_macs(model, (3, 256, 256)).tokens == 257
+
+
+def test_unsupported_model_is_named():
+    with pytest.raises(ValueError, match="ResNet is not a timm VisionTransformer"):
+        sparsifiner.count_macs(timm.create_model("test_resnet"))
