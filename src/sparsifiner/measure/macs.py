@@ -4,13 +4,14 @@ A MAC is one multiplication and addition of a matrix product. Softmax, means, co
 selection are no matrix products and count as none, as in the paper and in torch's flop counter.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsifiner.attention import SparseAttention
@@ -164,20 +165,16 @@ def _block_weights(model: VisionTransformer) -> int:
 def _count_stem_and_head(
     model: VisionTransformer, input_size: tuple[int, int, int], layout: TokenLayout
 ) -> int:
-    """Stem and head differ from model to model, so torch counts them, on tensors without data."""
-    parameter = next(model.parameters())
-    was_training = model.training
-    try:
-        model.eval()
-        fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with torch.no_grad(), fake, FlopCounterMode(display=False) as counter:
-            image = torch.empty(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-            model.patch_embed(image)
-            tokens = torch.empty(1, layout.tokens, model.embed_dim, device=image.device, dtype=image.dtype)
-            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                model.forward_head(tokens)
-    finally:
-        model.train(was_training)
+    """Stem and head differ from model to model, so torch counts them, on a copy without data."""
+    shapes = {
+        id(tensor): torch.empty_like(tensor, device="meta")
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    shape_model = copy.deepcopy(model, shapes).eval().requires_grad_(False)
+    dtype = next(model.parameters()).dtype
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        shape_model.patch_embed(torch.empty(1, *input_size, dtype=dtype, device="meta"))
+        shape_model.forward_head(torch.empty(1, layout.tokens, model.embed_dim, dtype=dtype, device="meta"))
     flops: int = counter.get_total_flops()
     return flops // 2
 
