@@ -24,7 +24,7 @@ $(ready): requirements/dev.txt pyproject.toml tools/setup.sh
 
 # Pins every requirement anew; the file carries no registry addresses.
 lock:
-	uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra viz --extra webdataset \
+	uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra viz \
 	    --no-annotate --no-header --no-emit-index-url --no-emit-find-links pyproject.toml -o requirements/dev.txt
 
 # Builds wheel and sdist, installs the wheel into an empty environment and starts it.

@@ -1,5 +1,7 @@
 """Vision Transformers that attend only to the token pairs that matter for this image."""
 
+__version__ = "0.1.0"
+
 from sparsifiner import models as models
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity

@@ -108,8 +108,10 @@ class TokenLayout:
         """Mean of each square over the patches that are there: [B, H, gh * gw, d] to [B, H, squares, d]."""
         if side == 1:
             return patches
-        sums = self.split_squares(patches, side).sum(3)
-        return sums / self.square_sizes(side, patches.device).to(sums.dtype).unsqueeze(-1)
+        B, H, _, d = patches.shape
+        image = patches.reshape(B * H, *self.grid, d).permute(0, 3, 1, 2)
+        means = F.avg_pool2d(image, side, ceil_mode=True, count_include_pad=False)
+        return means.permute(0, 2, 3, 1).reshape(B, H, -1, d)
 
     def square_tokens(self, side: int, device: torch.device) -> Tensor:
         """Tokens of each square in ascending order, int64 [squares, side * side], -1 last at the edges."""

@@ -15,7 +15,7 @@ from sparsifiner.ops import select_topk
 RowScores = Callable[[int, int], Tensor]
 
 # Scores that exist at once: small enough for a CPU's cache, large enough to fill a GPU.
-_CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 
 
 @dataclass(frozen=True)

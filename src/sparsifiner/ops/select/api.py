@@ -26,8 +26,8 @@ def select_topk(
         budget: list length k, 1 <= k <= N.
         forced: the first `forced` keys (the prefix) are in every list, inside the budget, whatever
             their scores.
-        own: integer [rows, m], the tokens that each row stands for, -1 for none; by default row r
-            stands for the one token `N - rows + r`, as with one list per patch query.
+        own: integer [rows, m], the tokens that each row stands for, ascending, -1 (none) last; by
+            default row r stands for the one token `N - rows + r`, as with one list per patch query.
         backend: "auto", "reference" or "torch".
 
     Returns:
@@ -51,22 +51,25 @@ def select_topk(
     elif own.ndim != 2 or own.shape[0] != rows:
         raise ValueError(f"select_topk: own must be [rows={rows}, m], got shape {tuple(own.shape)}")
 
-    admissible = _admissible_scores(scores.detach(), forced, own)
-    if resolve_backend(backend) == "reference":
-        return reference.select_topk(admissible, budget)
-    return torch_backend.select_topk(admissible, budget)
-
-
-def _admissible_scores(scores: Tensor, forced: int, own: Tensor) -> Tensor:
-    """fp32 scores with the rules for NaN, empty rows and forced keys applied; -inf means never."""
-    rows, N = scores.shape[-2:]
-    scores = scores.float()
-    scores = torch.where(scores.isnan(), -torch.inf, scores)
-    is_own = torch.zeros(rows, N + 1, dtype=torch.bool, device=scores.device)
-    is_own = is_own.scatter(1, torch.where(own >= 0, own, N).long(), True)[:, :N]
-    empty = (scores[..., forced:] == -torch.inf).all(-1, keepdim=True)
-    scores = torch.where(empty & is_own, 0.0, scores)
+    scores = scores.detach().float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if forced:
         # among equal scores the lowest index wins, so +inf keeps the prefix even beside other +inf
         scores[..., :forced] = torch.inf
-    return scores
+    if resolve_backend(backend) == "reference":
+        indices = reference.select_topk(scores, budget)
+    else:
+        indices = torch_backend.select_topk(scores, budget)
+    return _fill_empty(indices, own, forced)
+
+
+def _fill_empty(indices: Tensor, own: Tensor, forced: int) -> Tensor:
+    """Gives rows that hold nothing but forced keys their own tokens."""
+    budget = indices.shape[-1]
+    if budget == forced:
+        return indices
+    empty = indices[..., forced : forced + 1] < 0
+    free = budget - forced
+    tokens = torch.full((own.shape[0], free), -1, dtype=torch.int32, device=indices.device)
+    tokens[:, : own.shape[1]] = own[:, :free]
+    filled = torch.cat([indices[..., :forced], tokens.expand(*indices.shape[:-1], -1)], -1)
+    return torch.where(empty, filled, indices)

@@ -1,0 +1,7 @@
+"""`python -m sparsifiner`."""
+
+import sys
+
+from sparsifiner.cli import main
+
+sys.exit(main())

@@ -1,0 +1,245 @@
+"""The demo: a small ViT learns digits, becomes sparse without training, and shows what that costs."""
+
+import copy
+import functools
+import html
+import importlib.resources
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from sparsifiner.data import evaluation_transform, make_loader, open_images
+from sparsifiner.measure.accuracy import evaluate
+from sparsifiner.measure.macs import count_macs
+from sparsifiner.measure.timing import Timing, time_in_turns
+from sparsifiner.patch import sparsify
+from sparsifiner.trace import trace
+from sparsifiner.viz.figures import key_list_svg
+
+_EPOCHS = 12
+_BATCH = 12
+_LEARNING_RATE = 3e-3
+_SHIFT = 1  # px of random translation
+_KEEPS = (0.25, 0.1, 0.05)
+_TILE = 4  # the preset's 8 would leave four tiles of this small grid
+_QUERIES = ((3, 8), (8, 3), (12, 11))
+_LARGE_PX = 512
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One line of the demo's table.
+
+    Attributes:
+        name: what was measured.
+        top1: percent of the validation images.
+        agreement: percent of images with the dense model's class.
+        attention_macs: MACs of attention and scorer per image.
+        total_macs: MACs of the whole model per image.
+        ms: ms per image at batch 60.
+    """
+
+    name: str
+    top1: float
+    agreement: float
+    attention_macs: int
+    total_macs: int
+    ms: float
+
+
+def run_demo(output: Path, seed: int = 0) -> list[DemoRow]:
+    """Trains, makes sparse, prints one table and the timing of a large model, writes report.html.
+
+    Args:
+        output: folder for the report; an older report there is kept under another name.
+        seed: seed of the training.
+
+    Returns:
+        The rows of the table.
+    """
+    torch.manual_seed(seed)
+    print(f"1/3  training a dense ViT on handwritten digits (32x32 px, 257 tokens, {_EPOCHS} epochs)")
+    model = _make_digits_model()
+    transform = evaluation_transform(model, crop_pct=1.0)
+    training = make_loader(open_images("digits", "train"), transform, _BATCH, workers=0, shuffle=True)
+    train_dense(model, training)
+
+    print("2/3  making it sparse, without any training")
+    validation = open_images("digits", "validation")
+    batches = list(make_loader(validation, transform, 60, workers=0))
+    rows = compare_keeps(model, batches)
+    table = format_table(rows)
+    print(table)
+
+    print(f"3/3  timing DeiT-S at {_LARGE_PX} px, batch 1, on this CPU: dense against the preset 'fast'")
+    timing = describe_timing(time_large_model())
+    report = write_report(output, model, validation[0][0], batches[0][0][:1], rows, timing)
+    print(f"report with pictures: {report}")
+    print(timing)
+    return rows
+
+
+def train_dense(model: nn.Module, batches: DataLoader[Any]) -> None:
+    """Trains a classifier with AdamW on a one-cycle schedule, with random shifts."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, weight_decay=0.05)
+    steps = _EPOCHS * len(batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, steps, pct_start=0.2)
+    model.train()
+    with tqdm(total=steps, desc="training", unit="step", leave=False, disable=None) as bar:
+        for _ in range(_EPOCHS):
+            for images, labels in batches:
+                shift = torch.randint(-_SHIFT, _SHIFT + 1, (2,)).tolist()
+                logits = model(torch.roll(images, shift, (2, 3)))
+                loss = F.cross_entropy(logits, labels)
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+                bar.update()
+    model.eval()
+
+
+def compare_keeps(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[DemoRow]:
+    """The dense model and the training-free preset at several keeps, on the same images."""
+    candidates = {"dense": copy.deepcopy(model)}
+    for keep in _KEEPS:
+        candidates[f"fast, keep {keep}"] = sparsify(copy.deepcopy(model), keep=keep, tile=_TILE)
+    images = batches[0][0]
+    with torch.inference_mode():
+        times = time_in_turns(
+            {name: functools.partial(candidate, images) for name, candidate in candidates.items()},
+            runs=5,
+            label="timing",
+        )
+    rows = []
+    for name, candidate in candidates.items():
+        accuracy = evaluate(candidate, batches, dense=model, progress=False)
+        assert accuracy.against_dense is not None
+        macs = count_macs(candidate, (3, 32, 32)).to_dict()["sparse"]
+        rows.append(
+            DemoRow(
+                name,
+                accuracy.top1,
+                accuracy.against_dense.agreement,
+                macs["attention"] + macs["scorer"],
+                macs["total"],
+                times[name].median_ms / len(images),
+            )
+        )
+    return rows
+
+
+def time_large_model() -> dict[str, Timing]:
+    """DeiT-S at 512 px, batch 1: dense and the training-free preset, in turns."""
+    dense = timm.create_model("deit_small_patch16_224", img_size=_LARGE_PX).eval()
+    fast = sparsify(copy.deepcopy(dense))
+    image = torch.randn(1, 3, _LARGE_PX, _LARGE_PX)
+    with torch.inference_mode():
+        return time_in_turns(
+            {"dense": lambda: dense(image), "fast": lambda: fast(image)}, runs=15, label="timing"
+        )
+
+
+def format_table(rows: list[DemoRow]) -> str:
+    """The rows as an aligned text table."""
+    lines = [
+        f"{'':16}{'top-1':>8}{'agree':>8}{'attention':>12}{'total':>10}{'ms/image':>10}",
+        f"{'':16}{'%':>8}{'%':>8}{'MMACs':>12}{'MMACs':>10}{'':>10}",
+    ]
+    for row in rows:
+        note = "" if row is rows[0] else "  too small to gain"
+        lines.append(
+            f"{row.name:16}{row.top1:8.1f}{row.agreement:8.1f}{row.attention_macs / 1e6:12.1f}"
+            f"{row.total_macs / 1e6:10.1f}{row.ms:10.2f}{note}"
+        )
+    return "\n".join(lines)
+
+
+def describe_timing(times: dict[str, Timing]) -> str:
+    """The last line of the demo."""
+    ratio = times["dense"].median_ms / times["fast"].median_ms
+    return (
+        f"DeiT-S, {_LARGE_PX} px, batch 1, fp32, {torch.get_num_threads()} CPU threads: "
+        f"dense {times['dense']}, fast {times['fast']}: {ratio:.2f}x"
+    )
+
+
+def write_report(
+    output: Path, model: nn.Module, image: Image.Image, pixels: Tensor, rows: list[DemoRow], timing: str
+) -> Path:
+    """Writes report.html: the table, and what three query patches attend to.
+
+    Args:
+        output: folder of the report; an older report there is renamed, not overwritten.
+        model: the dense model.
+        image: picture to draw on.
+        pixels: the same as the model sees it, [1, 3, H, W].
+        rows: lines of the table.
+        timing: the last line of the demo.
+
+    Returns:
+        Path of the report.
+    """
+    sparse = sparsify(copy.deepcopy(model), keep=0.1, tile=_TILE)
+    with torch.inference_mode(), trace(sparse) as traces:
+        sparse(pixels)
+    figures = []
+    for y, x in _QUERIES:
+        picture = key_list_svg(image, traces[len(traces) - 1], (y, x), head=0)
+        figures.append(f"<figure>{picture}<figcaption>row {y}, column {x}</figcaption></figure>")
+    cells = [
+        f"<tr><td>{html.escape(row.name)}</td><td>{row.top1:.1f}</td><td>{row.agreement:.1f}</td>"
+        f"<td>{row.attention_macs / 1e6:.1f}</td><td>{row.total_macs / 1e6:.1f}</td></tr>"
+        for row in rows
+    ]
+    head = "".join(
+        f"<th>{name}</th>" for name in ("", "top-1 %", "agreement %", "attention MMACs", "total MMACs")
+    )
+    template = Template(importlib.resources.files("sparsifiner.viz").joinpath("demo_report.html").read_text())
+    page = template.substitute(
+        setup="A small Vision Transformer (257 tokens) trained on scikit-learn's handwritten digits, then "
+        "made sparse without any training: every tile of 4x4 patches attends to its best keys and to the "
+        "mean of every window.",
+        table=f"<table><tr>{head}</tr>{''.join(cells)}</table>",
+        timing=html.escape(timing),
+        caption="Last layer, head 0, keep 0.1. Red: the query patch and its tile. "
+        "Blue: the keys in its list. Grey: the windows whose mean key and value stand in for the rest.",
+        figures="".join(figures),
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    report = output / "report.html"
+    if report.exists():
+        written = time.strftime("%Y%m%d-%H%M%S", time.localtime(report.stat().st_mtime))
+        report.rename(output / f"report-{written}.html")
+    report.write_text(page)
+    return report
+
+
+def _make_digits_model() -> VisionTransformer:
+    model: VisionTransformer = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=2,
+        embed_dim=48,
+        depth=3,
+        num_heads=3,
+        mlp_ratio=2,
+        num_classes=10,
+        global_pool="avg",
+        qk_norm=True,
+        weight_init="jax",
+    )
+    return model

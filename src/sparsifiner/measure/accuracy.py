@@ -1,0 +1,147 @@
+"""Accuracy of a model, alone or paired with its dense twin on the same images."""
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+_NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True)
+class AgainstDense:
+    """A model beside its dense twin, image by image.
+
+    Attributes:
+        dense_top1: top-1 of the twin, in percent.
+        difference: top-1 minus that of the twin, in points.
+        interval: half width of the paired 95 % interval of the difference, in points.
+        agreement: share of images with the same first class, in percent.
+        logit_kl: mean KL(dense ‖ model) of the class probabilities, in nats.
+        dense_images_per_second: speed of the twin in the same run.
+    """
+
+    dense_top1: float
+    difference: float
+    interval: float
+    agreement: float
+    logit_kl: float
+    dense_images_per_second: float
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Accuracy of a model.
+
+    Attributes:
+        images: number of images.
+        top1: percent whose label is the first class.
+        top5: percent whose label is among the first five.
+        images_per_second: speed of the forward passes alone.
+        against_dense: comparison with the dense twin, None if there was none.
+    """
+
+    images: int
+    top1: float
+    top5: float
+    images_per_second: float
+    against_dense: AgainstDense | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain numbers."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    dense: nn.Module | None = None,
+    device: torch.device | str = "cpu",
+    amp_dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> Accuracy:
+    """Evaluates a classifier; with `dense` also how far it is from its twin.
+
+    Args:
+        model: the model, in evaluation mode, on `device`.
+        batches: pairs of images [B, 3, H, W] and labels int64 [B].
+        dense: the dense twin, likewise.
+        device: where to compute.
+        amp_dtype: autocast dtype, None for full precision.
+        progress: show a progress bar on a terminal.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    runs = {"model": _Run(model, device, amp_dtype)}
+    if dense is not None:
+        runs["dense"] = _Run(dense, device, amp_dtype)
+    labels: list[Tensor] = []
+    bar = tqdm(batches, desc="evaluating", unit="batch", disable=None if progress else True, leave=False)
+    for images, label in bar:
+        labels.append(label)
+        images = images.to(device, non_blocking=True)
+        for run in runs.values():
+            run.step(images)
+        right = torch.cat(runs["model"].logits).argmax(1) == torch.cat(labels)
+        bar.set_postfix(top1=f"{100 * right.double().mean():.2f}", refresh=False)
+    if not labels:
+        raise ValueError("data: there is no image to evaluate on")
+    label = torch.cat(labels)
+    logits = torch.cat(runs["model"].logits)
+    classes = min(5, logits.shape[1])
+    right = logits.argmax(1) == label
+    top5 = (logits.topk(classes).indices == label[:, None]).any(1)
+    return Accuracy(
+        images=len(label),
+        top1=_percent(right),
+        top5=_percent(top5),
+        images_per_second=len(label) / runs["model"].seconds,
+        against_dense=_compare(logits, right, label, runs["dense"]) if dense is not None else None,
+    )
+
+
+class _Run:
+    """One model over all batches: its logits on the CPU and the seconds of its forward passes."""
+
+    def __init__(self, model: nn.Module, device: torch.device | str, amp_dtype: torch.dtype | None) -> None:
+        self.model = model
+        self.device = torch.device(device)
+        self.amp_dtype = amp_dtype
+        self.logits: list[Tensor] = []
+        self.seconds = 0.0
+
+    def step(self, images: Tensor) -> None:
+        start = time.perf_counter()
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            logits = self.model(images).float().cpu()  # the copy waits for a GPU
+        self.seconds += time.perf_counter() - start
+        self.logits.append(logits)
+
+
+def _compare(logits: Tensor, right: Tensor, label: Tensor, dense: _Run) -> AgainstDense:
+    dense_logits = torch.cat(dense.logits)
+    dense_right = dense_logits.argmax(1) == label
+    difference = right.double() - dense_right.double()
+    spread = difference.std() if len(label) > 1 else torch.zeros(())
+    log_probability, dense_log_probability = (x.double().log_softmax(1) for x in (logits, dense_logits))
+    divergence = F.kl_div(log_probability, dense_log_probability, log_target=True, reduction="none").sum(1)
+    return AgainstDense(
+        dense_top1=_percent(dense_right),
+        difference=100 * difference.mean().item(),
+        interval=100 * _NORMAL_95 * (spread / len(label) ** 0.5).item(),
+        agreement=_percent(logits.argmax(1) == dense_logits.argmax(1)),
+        logit_kl=divergence.mean().item(),
+        dense_images_per_second=len(label) / dense.seconds,
+    )
+
+
+def _percent(hits: Tensor) -> float:
+    return 100 * hits.double().mean().item()

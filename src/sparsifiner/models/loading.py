@@ -1,0 +1,135 @@
+"""Builds a model by name, makes it sparse and loads weights, with errors that say what is wrong."""
+
+import difflib
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from sparsifiner.config import SparsifyConfig
+from sparsifiner.patch import sparsify
+
+_SHOWN_KEYS = 3
+
+
+def load_model(
+    name: str,
+    *,
+    config: SparsifyConfig | None = None,
+    weights: str | Path | None = None,
+    img_size: int | None = None,
+    pretrained: bool = False,
+    model_args: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Creates a timm model, sparse if asked, in evaluation mode.
+
+    Args:
+        name: a timm model name.
+        config: how to make it sparse; None leaves it as timm made it.
+        weights: file of weights, `.safetensors` or a torch checkpoint; those of the dense model fit
+            the sparse one.
+        img_size: side of the input in pixels; the model's own by default.
+        pretrained: load timm's weights from the hub.
+        model_args: more arguments for timm, such as `{"num_classes": 10}`.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: there is no file `weights`.
+        ValueError: the name, an argument, the image size or the weights do not fit.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(close)}?" if close else "; timm.list_models() lists all"
+        raise ValueError(f"model={name!r} is not a timm model{hint}")
+    arguments = dict(model_args or {})
+    if img_size is not None:
+        arguments["img_size"] = img_size
+    state = None if weights is None else read_weights(weights)
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
+    except TypeError as error:
+        raise ValueError(f"model_args do not fit {name}: {error}") from error
+    _check_image_size(model, name)
+    if config is not None:
+        with warnings.catch_warnings():
+            if state is not None and any(".scorer." in key or ".mask_predictor." in key for key in state):
+                warnings.filterwarnings("ignore", "the low-rank scorer is untrained")
+            sparsify(model, config)
+    if state is not None:
+        _load_checked(model, state, weights)
+    return model.eval()
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Reads a state dict from a safetensors file or a torch checkpoint, without running its code.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is corrupt or holds no state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights={str(path)!r}: there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"weights={str(path)!r} cannot be read, it may be corrupt or cut off ({reason}); fetch it again"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"weights={str(path)!r} holds no state dict of tensors")
+    return content
+
+
+def _load_checked(model: nn.Module, state: dict[str, Tensor], path: str | Path | None) -> None:
+    own = model.state_dict()
+    wrong_shape = [
+        f"{key} is {list(value.shape)} in the file and {list(own[key].shape)} in the model"
+        for key, value in state.items()
+        if key in own and own[key].shape != value.shape
+    ]
+    if wrong_shape:
+        raise ValueError(
+            f"weights={str(path)!r} do not fit the model: {_shorten(wrong_shape)}; "
+            "set --model-args and --img-size to those that they were trained with"
+        )
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    # dense weights have no scorer: that is what training adds
+    missing = [key for key in missing if ".scorer." not in key]
+    if missing or unexpected:
+        problems = [f"{key} is missing from the file" for key in missing]
+        problems += [f"{key} is unknown to the model" for key in unexpected]
+        raise ValueError(f"weights={str(path)!r} do not fit the model: {_shorten(problems)}")
+
+
+def _check_image_size(model: nn.Module, name: str) -> None:
+    embed = getattr(model, "patch_embed", None)
+    sizes, patches = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
+    if getattr(model, "dynamic_img_size", False) or not sizes or not patches:
+        return
+    for size, patch in zip(sizes, patches, strict=True):
+        if size % patch:
+            below = size // patch * patch
+            raise ValueError(
+                f"img_size={size} is not a multiple of the patch size {patch} of {name}; "
+                f"use {below} or {below + patch}"
+            )
+
+
+def _shorten(problems: list[str]) -> str:
+    more = len(problems) - _SHOWN_KEYS
+    return "; ".join(problems[:_SHOWN_KEYS]) + (f"; and {more} more" if more > 0 else "")

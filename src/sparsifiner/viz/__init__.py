@@ -1,0 +1,1 @@
+"""Pictures of what a sparse model attends to."""

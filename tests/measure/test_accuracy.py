@@ -1,0 +1,68 @@
+"""Accuracy and timing against small cases worked out by hand."""
+
+import math
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from sparsifiner.measure.accuracy import evaluate
+from sparsifiner.measure.timing import time_in_turns
+
+
+class Fixed(nn.Module):
+    """Gives the logits of a table, by the number in each image."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.register_buffer("logits", torch.tensor(logits))
+
+    def forward(self, images):
+        return self.logits[images[:, 0, 0, 0].long()]
+
+
+LABELS = torch.tensor([0, 1, 2, 0])
+IMAGES = torch.arange(4.0).view(4, 1, 1, 1)
+MODEL = [[9.0, 0, 0, 0, 0, 0], [0, 9, 0, 0, 0, 0], [9, 0, 0, 0, 0, 0], [0, 1, 2, 3, 4, 5.0]]
+DENSE = [[9.0, 0, 0, 0, 0, 0], [0, 9, 0, 0, 0, 0], [0, 0, 9, 0, 0, 0], [5, 1, 2, 3, 4, 0.0]]
+
+
+def test_accuracy_beside_the_twin():
+    batches = [(IMAGES[:3], LABELS[:3]), (IMAGES[3:], LABELS[3:])]
+    report = evaluate(Fixed(MODEL), batches, dense=Fixed(DENSE), progress=False)
+    assert report.images == 4
+    assert report.top1 == 50
+    assert report.top5 == 75  # the last image's label is the sixth class
+    against = report.against_dense
+    assert (against.dense_top1, against.difference, against.agreement) == (100, -50, 50)
+    # differences 0, 0, -1, -1: standard deviation sqrt(1/3)
+    assert against.interval == pytest.approx(100 * 1.96 * math.sqrt(1 / 3) / 2)
+    p, q = (torch.tensor(x, dtype=torch.float64).softmax(1) for x in (DENSE, MODEL))
+    assert against.logit_kl == pytest.approx((p * (p / q).log()).sum(1).mean().item())
+
+
+def test_accuracy_alone():
+    report = evaluate(Fixed(DENSE), [(IMAGES, LABELS)], progress=False)
+    assert report.top1 == 100
+    assert report.to_dict()["against_dense"] is None
+    assert report.images_per_second > 0
+
+
+def test_no_images_is_an_error():
+    with pytest.raises(ValueError, match="no image to evaluate"):
+        evaluate(Fixed(DENSE), [], progress=False)
+
+
+def test_functions_take_turns_and_are_told_apart():
+    calls = []
+
+    def slow():
+        calls.append("slow")
+        time.sleep(0.02)
+
+    times = time_in_turns({"slow": slow, "quick": lambda: calls.append("quick")}, runs=3, warmup=1)
+    assert calls == ["slow", "quick"] * 4
+    assert times["slow"].low_ms >= 20
+    assert times["slow"].low_ms <= times["slow"].median_ms <= times["slow"].high_ms
+    assert times["quick"].median_ms < times["slow"].median_ms

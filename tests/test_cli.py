@@ -1,0 +1,224 @@
+"""The command line: output, exit codes, and one clear line for each mistake."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from sparsifiner.cli import COMMANDS, main
+
+TINY = ["--model", "deit_tiny_patch16_224", "--img-size", "32"]
+TINY_ARGS = '{"patch_size": 4, "depth": 2, "embed_dim": 48, "num_classes": 10}'
+
+
+def run(capsys, *arguments):
+    """Exit code, standard output and standard error."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        code = stop.code
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+@pytest.fixture
+def weights(tmp_path):
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, **json.loads(TINY_ARGS))
+    path = tmp_path / "weights.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40), "red").save(tmp_path / "images" / name / "0.png")
+    return tmp_path / "images"
+
+
+def test_macs_prints_the_contract(capsys):
+    code, out, _ = run(
+        capsys,
+        *[
+            "macs",
+            "--model",
+            "deit_small_patch16_224",
+            "--img-size",
+            "224",
+            "--preset",
+            "paper",
+            "--keep",
+            "0.1",
+            "--json",
+        ],
+    )
+    assert code == 0
+    report = json.loads(out)
+    assert report["tokens"] == 197
+    assert report["dense"].keys() == {"attention", "total"}
+    assert report["sparse"].keys() == {"attention", "scorer", "total"}
+    assert report["paper"]["mhsa"] == pytest.approx(111.4e6, abs=0.2e6)
+
+
+def test_macs_prints_a_table(capsys):
+    code, out, _ = run(capsys, "macs", *TINY, "--model_args", TINY_ARGS, "--keep", "[0.5, 0.1]")
+    assert code == 0
+    assert "65 tokens" in out
+    assert "attention" in out
+
+
+def test_eval_on_digits_beside_the_dense_twin(capsys, weights):
+    code, out, _ = run(
+        capsys, "eval", *TINY, "--model-args", TINY_ARGS, "--weights", weights, "--limit", 40,
+        "--keep", 0.2, "--tile", 2, "--crop-pct", 1, "--against-dense", "--json", "--workers", 0,
+    )  # fmt: skip
+    assert code == 0
+    report = json.loads(out)
+    assert report["images"] == 40
+    assert report["sparsity"]["keep"] == 0.2
+    against = report["against_dense"]
+    assert report["top1"] - against["dense_top1"] == pytest.approx(against["difference"])
+    assert 0 <= against["agreement"] <= 100
+    assert report["images_per_second"] > 0
+
+
+def test_eval_of_a_config_file(capsys, tmp_path, weights, folder):
+    config = tmp_path / "eval.yaml"
+    config.write_text(
+        f"model: deit_tiny_patch16_224\nimg_size: 32\nweights: {weights}\ndata: {folder}\n"
+        f"model_args: {TINY_ARGS}\npreset: fast\nkeep: 0.1\nworkers: 0\n"
+    )
+    code, out, _ = run(capsys, "eval", "--config", config)
+    assert code == 0
+    assert "images        2" in out
+
+
+def test_help_is_complete(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for name in COMMANDS:
+        assert name in out
+        code, help_text, _ = run(capsys, name, "--help")
+        assert code == 0
+        options = [line.split()[0] for line in help_text.splitlines() if line.startswith("  --")]
+        assert len(options) > 2
+
+
+def test_module_runs_as_a_program():
+    program = subprocess.run(
+        [sys.executable, "-m", "sparsifiner", "--version"], capture_output=True, text=True, check=True
+    )
+    assert program.stdout.startswith("sparsifiner 0.")
+
+
+def sparsity_errors():
+    yield ["--keep", "0"], "keep must lie in (0, 1]"
+    yield ["--keep", "1.5"], "keep must lie in (0, 1]"
+    yield ["--keep", "[0.1, 0.2, 0.3]"], "keep has 3 entries, but the model has 2 layers"
+    yield ["--tile", "0"], "tile must be at least 1"
+    yield ["--summary", "0"], "summary must be at least 1, got 0; use None for no summaries or 'auto'"
+    yield ["--preset", "dense", "--keep", "0.1"], "preset='dense' takes no sparsity options, got keep"
+    yield ["--legacy"], "legacy=True is the released method and needs scorer='lowrank'"
+    yield ["--backend", "cuda"], "backend='cuda' is unknown"
+    yield ["--model", "resnet18", "--model_args", "{}"], "ResNet is not a timm VisionTransformer"
+    yield ["--model", "deit_smal_patch16_224"], "did you mean deit_small"
+    yield ["--img-size", "33"], "img_size=33 is not a multiple of the patch size 4"
+    yield ["--model-args", '{"colour": 1}'], "model_args do not fit deit_tiny_patch16_224"
+
+
+@pytest.mark.parametrize(("arguments", "message"), sparsity_errors())
+def test_impossible_options_are_one_line_and_exit_2(capsys, arguments, message):
+    arguments = ["macs", *TINY, "--model-args", TINY_ARGS, *arguments]
+    if "resnet18" in arguments:
+        arguments = [a for a in arguments if a not in {"--img-size", "32"}]
+    check_error(run(capsys, *arguments), message)
+
+
+@pytest.mark.parametrize("arguments", [["macs", "--kep", "1"], ["macs", "--keep", "x"], ["fly"]])
+def test_unknown_words_exit_2(capsys, arguments):
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert "error" in err
+    assert "Traceback" not in err
+
+
+class TestWeights:
+    def check(self, capsys, path, message):
+        check_error(run(capsys, "eval", *TINY, "--model-args", TINY_ARGS, "--weights", path), message)
+
+    def test_missing(self, capsys, tmp_path):
+        self.check(capsys, tmp_path / "none.safetensors", "there is no such file")
+
+    def test_corrupt(self, capsys, weights):
+        before = weights.read_bytes()[:1000]
+        weights.write_bytes(before)
+        self.check(capsys, weights, "it may be corrupt or cut off")
+        assert weights.read_bytes() == before
+
+    def test_corrupt_checkpoint(self, capsys, tmp_path):
+        path = tmp_path / "model.pth"
+        path.write_bytes(b"not a checkpoint")
+        self.check(capsys, path, "it may be corrupt or cut off")
+
+    def test_no_state_dict(self, capsys, tmp_path):
+        torch.save({"epoch": 3}, tmp_path / "model.pth")
+        self.check(capsys, tmp_path / "model.pth", "holds no state dict")
+
+    def test_other_shapes(self, capsys, tmp_path):
+        other = timm.create_model("deit_tiny_patch16_224", depth=2, num_classes=10)
+        save_file(other.state_dict(), tmp_path / "other.safetensors")
+        self.check(capsys, tmp_path / "other.safetensors", "[192] in the file and [48] in the model")
+
+    def test_other_names(self, capsys, tmp_path, weights):
+        save_file({"head.weight": torch.zeros(10, 48), "neck.weight": torch.zeros(1)}, weights)
+        self.check(capsys, weights, "cls_token is missing from the file")
+
+    def test_checkpoints_load_from_their_usual_wrappings(self, capsys, tmp_path):
+        model = timm.create_model("deit_tiny_patch16_224", img_size=32, **json.loads(TINY_ARGS))
+        torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+        code, _, _ = run(
+            capsys, "eval", *TINY, "--model-args", TINY_ARGS, "--weights", tmp_path / "model.pth",
+            "--limit", 4, "--workers", 0,
+        )  # fmt: skip
+        assert code == 0
+
+
+class TestData:
+    def check(self, capsys, data, message):
+        arguments = ["eval", *TINY, "--model-args", TINY_ARGS, "--workers", 0, "--data", data]
+        check_error(run(capsys, *arguments), message)
+
+    def test_missing_folder(self, capsys, tmp_path):
+        self.check(capsys, tmp_path / "none", "does not exist; check the path")
+
+    def test_empty_class_folder(self, capsys, folder):
+        (folder / "empty").mkdir()
+        self.check(capsys, folder, "class folder 'empty' holds no images")
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_truncated_image(self, capsys, folder, workers):
+        picture = folder / "dog" / "0.png"
+        picture.write_bytes(picture.read_bytes()[:60])
+        arguments = ["eval", *TINY, "--model-args", TINY_ARGS, "--workers", workers, "--data", folder]
+        check_error(run(capsys, *arguments), "0.png' cannot be decoded")
+        assert picture.stat().st_size == 60
+
+    def test_wrong_input_size_is_named(self, capsys, folder):
+        arguments = ["eval", "--model", "deit_tiny_patch16_224", "--img-size", 100, "--data", folder]
+        check_error(run(capsys, *arguments), "img_size=100 is not a multiple of the patch size 16")
+
+
+def check_error(result, message):
+    code, out, err = result
+    assert code == 2
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "Traceback" not in err
