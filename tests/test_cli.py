@@ -132,7 +132,7 @@ def sparsity_errors():
     yield ["--model-args", '{"colour": 1}'], "model_args do not fit deit_tiny_patch16_224"
 
 
-@pytest.mark.parametrize(("arguments", "message"), sparsity_errors())
+@pytest.mark.parametrize(("arguments", "message"), list(sparsity_errors()))
 def test_impossible_options_are_one_line_and_exit_2(capsys, arguments, message):
     arguments = ["macs", *TINY, "--model-args", TINY_ARGS, *arguments]
     if "resnet18" in arguments:
