@@ -54,7 +54,8 @@ def select_topk(
     scores = scores.detach().float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if forced:
         # among equal scores the lowest index wins, so +inf keeps the prefix even beside other +inf
-        scores[..., :forced] = torch.inf
+        always = torch.full_like(scores[..., :forced], torch.inf)
+        scores = torch.cat([always, scores[..., forced:]], -1)
     if resolve_backend(backend) == "reference":
         indices = reference.select_topk(scores, budget)
     else:

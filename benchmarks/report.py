@@ -1,0 +1,89 @@
+"""Writes docs/results.md from the measurements in docs/results/*.json: no figure is typed by hand.
+
+python benchmarks/report.py
+"""
+
+import json
+from typing import Any
+
+from provenance import RESULTS
+
+HEADER = """# Results
+
+Every figure here was written by `python benchmarks/report.py` from the measurements in
+`docs/results/`; each section names the command that made them.
+"""
+
+
+def load(name: str) -> list[dict[str, Any]]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def source_of(rows: list[dict[str, Any]]) -> str:
+    seen = sorted({(r["device"], r["torch"], r["timm"], r["commit"]) for r in rows})
+    return "; ".join(
+        f"{device}, torch {torch}, timm {timm}, commit {commit}" for device, torch, timm, commit in seen
+    )
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def training_free() -> str:
+    rows = load("training_free")
+    body = []
+    for row in rows:
+        against = row["against_dense"]
+        body.append([
+            str(row["tokens"]),
+            row["scorer"],
+            str(row["tile"]),
+            f"{row['keep']:g}",
+            "none" if row["summary"] is None else f"{row['summary']}x{row['summary']}",
+            f"{100 * row['key_visits']:.1f} %",
+            f"{row['top1']:.2f}",
+            f"{against['difference']:+.2f} ± {against['interval']:.2f}",
+            f"{against['agreement']:.1f} %",
+            f"{against['logit_kl']:.3f}",
+        ])  # fmt: skip
+    dense = {row["tokens"]: row["against_dense"]["dense_top1"] for row in rows}
+    teachers = ", ".join(f"{top1:.2f} at N = {tokens}" for tokens, top1 in dense.items())
+    return f"""## Accuracy without any training
+
+Tiny-ImageNet, all {rows[0]["images"]:,} validation images, ViT-Ti teachers (dense top-1 {teachers}), fp32.
+"Difference" is in points of top-1 to the dense teacher with the paired 95 % interval, KL is of the logits.
+Key visits are (listed keys + summary keys) / N. Oracle ranks by the true attention: it shows what the
+form of sparsity allows, not what a scorer reaches.
+
+`python benchmarks/training_free.py --data DATA --teachers TEACHERS` ({source_of(rows)})
+
+{table(["N", "scorer", "tile", "keep", "summaries", "key visits", "top-1", "difference", "agreement", "KL"], body)}
+"""
+
+
+def memory() -> str:
+    rows = load("memory")
+    body = [[r["backend"], f"{r['forward_mib']:.0f} MiB", f"{r['peak_mib']:.0f} MiB"] for r in rows]
+    sizes = {row["backend"]: row["forward_mib"] for row in rows}
+    share = sizes["torch"] / sizes["reference"]
+    return f"""## Peak memory
+
+DeiT-S, 1024 px (N = {rows[0]["tokens"]}), batch 1, fp32, keep {rows[0]["keep"]}, tile {rows[0]["tile"]}, summaries
+{rows[0]["summary"]}x{rows[0]["summary"]}; one forward, each in a fresh process. "Forward" is what the forward adds
+to the process: the torch backend takes {100 * share:.0f} % of the reference.
+
+`python benchmarks/memory.py` ({source_of(rows)})
+
+{table(["backend", "forward", "whole process"], body)}
+"""
+
+
+def main() -> None:
+    sections = [HEADER, training_free(), memory()]
+    (RESULTS.parent / "results.md").write_text("\n".join(sections))
+
+
+if __name__ == "__main__":
+    main()
