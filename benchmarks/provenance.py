@@ -15,7 +15,8 @@ RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 def provenance(device: str) -> dict[str, Any]:
     """Device, library versions and commit; COMMIT names it where there is no git."""
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    cpu = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
     commit = (
         os.environ.get("COMMIT")
         or subprocess.run(
@@ -24,7 +25,6 @@ def provenance(device: str) -> dict[str, Any]:
     )
     return {
         "device": name,
-        "threads": torch.get_num_threads() if device == "cpu" else None,
         "torch": torch.__version__,
         "timm": timm.__version__,
         "commit": commit,

@@ -20,10 +20,8 @@ def load(name: str) -> list[dict[str, Any]]:
 
 
 def source_of(rows: list[dict[str, Any]]) -> str:
-    seen = sorted({(r["device"], r["torch"], r["timm"], r["commit"]) for r in rows})
-    return "; ".join(
-        f"{device}, torch {torch}, timm {timm}, commit {commit}" for device, torch, timm, commit in seen
-    )
+    seen = {(r["device"], f"torch {r['torch']}", f"timm {r['timm']}", f"commit {r['commit']}") for r in rows}
+    return "; ".join(", ".join(names) for names in sorted(seen))
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -48,6 +46,7 @@ def training_free() -> str:
             f"{against['agreement']:.1f} %",
             f"{against['logit_kl']:.3f}",
         ])  # fmt: skip
+    header = "N, scorer, tile, keep, summaries, key visits, top-1, difference, agreement, KL".split(", ")
     dense = {row["tokens"]: row["against_dense"]["dense_top1"] for row in rows}
     teachers = ", ".join(f"{top1:.2f} at N = {tokens}" for tokens, top1 in dense.items())
     return f"""## Accuracy without any training
@@ -59,7 +58,7 @@ form of sparsity allows, not what a scorer reaches.
 
 `python benchmarks/training_free.py --data DATA --teachers TEACHERS` ({source_of(rows)})
 
-{table(["N", "scorer", "tile", "keep", "summaries", "key visits", "top-1", "difference", "agreement", "KL"], body)}
+{table(header, body)}
 """
 
 
@@ -68,11 +67,13 @@ def memory() -> str:
     body = [[r["backend"], f"{r['forward_mib']:.0f} MiB", f"{r['peak_mib']:.0f} MiB"] for r in rows]
     sizes = {row["backend"]: row["forward_mib"] for row in rows}
     share = sizes["torch"] / sizes["reference"]
+    row = rows[0]
+    window = f"{row['summary']}x{row['summary']}"
     return f"""## Peak memory
 
-DeiT-S, 1024 px (N = {rows[0]["tokens"]}), batch 1, fp32, keep {rows[0]["keep"]}, tile {rows[0]["tile"]}, summaries
-{rows[0]["summary"]}x{rows[0]["summary"]}; one forward, each in a fresh process. "Forward" is what the forward adds
-to the process: the torch backend takes {100 * share:.0f} % of the reference.
+DeiT-S, 1024 px (N = {row["tokens"]}), batch 1, fp32, keep {row["keep"]}, tile {row["tile"]}, summaries {window};
+one forward, each in a fresh process. "Forward" is what the forward adds to the process: the torch
+backend takes {100 * share:.0f} % of the reference.
 
 `python benchmarks/memory.py` ({source_of(rows)})
 

@@ -78,7 +78,8 @@ def main() -> None:
             against = accuracy.against_dense
             print(
                 f"{teacher} {setting}: {accuracy.top1:.2f} "
-                f"({against.difference:+.2f} ± {against.interval:.2f}), agreement {against.agreement:.1f}, KL {against.logit_kl:.4f}",
+                f"({against.difference:+.2f} ± {against.interval:.2f}), "
+                f"agreement {against.agreement:.1f}, KL {against.logit_kl:.4f}",
                 flush=True,
             )
 
