@@ -46,7 +46,18 @@ def training_free() -> str:
             f"{against['agreement']:.1f} %",
             f"{against['logit_kl']:.3f}",
         ])  # fmt: skip
-    header = "N, scorer, tile, keep, summaries, key visits, top-1, difference, agreement, KL".split(", ")
+    header = [
+        "N",
+        "scorer",
+        "tile",
+        "keep",
+        "summaries",
+        "key visits",
+        "top-1",
+        "difference",
+        "agreement",
+        "KL",
+    ]
     dense = {row["tokens"]: row["against_dense"]["dense_top1"] for row in rows}
     teachers = ", ".join(f"{top1:.2f} at N = {tokens}" for tokens, top1 in dense.items())
     return f"""## Accuracy without any training
@@ -71,8 +82,8 @@ def memory() -> str:
     window = f"{row['summary']}x{row['summary']}"
     return f"""## Peak memory
 
-DeiT-S, 1024 px (N = {row["tokens"]}), batch 1, fp32, keep {row["keep"]}, tile {row["tile"]}, summaries {window};
-one forward, each in a fresh process. "Forward" is what the forward adds to the process: the torch
+DeiT-S, 1024 px (N = {row["tokens"]}), batch 1, fp32, keep {row["keep"]}, tile {row["tile"]},
+summaries {window}; one forward, each in a fresh process. "Forward" is what the forward adds to the process: the torch
 backend takes {100 * share:.0f} % of the reference.
 
 `python benchmarks/memory.py` ({source_of(rows)})
