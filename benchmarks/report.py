@@ -83,8 +83,8 @@ def memory() -> str:
     return f"""## Peak memory
 
 DeiT-S, 1024 px (N = {row["tokens"]}), batch 1, fp32, keep {row["keep"]}, tile {row["tile"]},
-summaries {window}; one forward, each in a fresh process. "Forward" is what the forward adds to the process: the torch
-backend takes {100 * share:.0f} % of the reference.
+summaries {window}; one forward, each in a fresh process. "Forward" is what the forward adds to the
+process: the torch backend takes {100 * share:.0f} % of the reference.
 
 `python benchmarks/memory.py` ({source_of(rows)})
 
