@@ -109,7 +109,8 @@ class TokenLayout:
         if side == 1:
             return patches
         B, H, _, d = patches.shape
-        image = patches.reshape(B * H, *self.grid, d).permute(0, 3, 1, 2)
+        # channels last in memory, which pooling reads in place
+        image = patches.reshape(B * H, *self.grid, d).contiguous().permute(0, 3, 1, 2)
         means = F.avg_pool2d(image, side, ceil_mode=True, count_include_pad=False)
         return means.permute(0, 2, 3, 1).reshape(B, H, -1, d)
 

@@ -1,0 +1,46 @@
+"""The README's Python and command lines run as they stand."""
+
+import pathlib
+import re
+import shlex
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from sparsifiner.cli import main
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+@pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
+def test_python_blocks_run_in_order():
+    names = {"images": torch.randn(1, 3, 512, 512)}
+    use, tracing, operations = blocks("python")
+    exec(use, names)
+    assert names["logits"].shape == (1, 1000)
+    exec("sparsifiner.sparsify(model, keep=0.1)", names)
+    exec(tracing, names)
+    assert names["layers"][3].connectivity.indices.shape == (1, 6, 16, 103)
+    names |= {name: torch.randn(1, 2, 1025, 16) for name in "qkv"}
+    names |= {"scores": torch.randn(1, 2, 16, 1025), "budget": 100}
+    exec(operations, names)
+    assert names["out"].shape == (1, 2, 1025, 16)
+
+
+def test_command_lines_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model("deit_tiny_patch16_224", num_classes=10)
+    save_file(model.state_dict(), "model.safetensors")
+    lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("sparsifiner ")]
+    assert len(lines) == 3
+    for line in lines:
+        arguments = shlex.split(line.replace("FOLDER", "digits --limit 8 --workers 0"))[1:]
+        if arguments[0] != "demo":  # takes minutes; `make demo` runs it
+            assert main(arguments) == 0, line
+            assert capsys.readouterr().out
