@@ -20,8 +20,6 @@ import datasets
 import numpy as np
 from datasets.exceptions import DatasetsError
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
@@ -144,6 +142,10 @@ def _open(data: str, split: str) -> _Opened:
 
 
 def _open_digits(split: str) -> _Opened:
+    # scikit-learn takes seconds to import, and only the digits need it
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     parts = train_test_split(
         np.arange(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0
