@@ -1,5 +1,5 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`.
-.PHONY: demo test lint types unit lock package clean
+.PHONY: demo test test-gpu lint types unit lock package clean
 
 ready := .venv/.ready
 bin := .venv/bin
@@ -21,6 +21,10 @@ unit: $(ready)
 
 $(ready): requirements/dev.txt pyproject.toml tools/setup.sh
 	tools/setup.sh
+
+# The same operations on a GPU, against the same reference.
+test-gpu: $(ready)
+	$(bin)/pytest tests/test_gpu.py
 
 # Pins every requirement anew; the file carries no registry addresses.
 lock:

@@ -1,6 +1,8 @@
 """The command line: output, exit codes, and one clear line for each mistake."""
 
+import inspect
 import json
+import re
 import subprocess
 import sys
 
@@ -8,7 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sparsifiner.cli import COMMANDS, main
 
@@ -88,10 +90,10 @@ def test_eval_on_digits_beside_the_dense_twin(capsys, weights):
     assert report["images_per_second"] > 0
 
 
-def test_eval_of_a_config_file(capsys, tmp_path, weights, folder):
+def test_eval_of_a_config_file(capsys, tmp_path, weights):
     config = tmp_path / "eval.yaml"
     config.write_text(
-        f"model: deit_tiny_patch16_224\nimg_size: 32\nweights: {weights}\ndata: {folder}\n"
+        f"model: deit_tiny_patch16_224\nimg_size: 32\nweights: {weights}\ndata: digits\nlimit: 2\n"
         f"model_args: {TINY_ARGS}\npreset: fast\nkeep: 0.1\nworkers: 0\n"
     )
     code, out, _ = run(capsys, "eval", "--config", config)
@@ -106,8 +108,9 @@ def test_help_is_complete(capsys):
         assert name in out
         code, help_text, _ = run(capsys, name, "--help")
         assert code == 0
-        options = [line.split()[0] for line in help_text.splitlines() if line.startswith("  --")]
-        assert len(options) > 2
+        parameters = set(inspect.signature(COMMANDS[name]).parameters) - {"model", "weights", "sparsity"}
+        for parameter in parameters:
+            assert re.search(rf"--{parameter}\b[^\n]*\s+\w", help_text), parameter
 
 
 def test_module_runs_as_a_program():
@@ -129,7 +132,16 @@ def sparsity_errors():
     yield ["--model", "resnet18", "--model_args", "{}"], "ResNet is not a timm VisionTransformer"
     yield ["--model", "deit_smal_patch16_224"], "did you mean deit_small"
     yield ["--img-size", "33"], "img_size=33 is not a multiple of the patch size 4"
-    yield ["--model-args", '{"colour": 1}'], "model_args do not fit deit_tiny_patch16_224"
+    yield ["--model-args", '{"colour": 1}'], "do not fit deit_tiny_patch16_224"
+    yield ["--model-args", '{"embed_dim": 50}'], "do not fit deit_tiny_patch16_224"
+    yield (
+        ["--preset", "dense", "--model", "resnet18", "--model_args", "{}"],
+        "is not a timm VisionTransformer",
+    )
+    yield (
+        ["--model", "sparsifiner_deit_tiny_patch16_224"],
+        "give --model deit_tiny_patch16_224 --preset paper",
+    )
 
 
 @pytest.mark.parametrize(("arguments", "message"), list(sparsity_errors()))
@@ -188,6 +200,13 @@ class TestWeights:
         )  # fmt: skip
         assert code == 0
 
+    def test_part_of_a_scorer(self, capsys, weights):
+        state = load_file(weights)
+        state["blocks.0.attn.scorer.query.bias"] = torch.zeros(8)
+        save_file(state, weights)
+        arguments = ["eval", *TINY, "--model-args", TINY_ARGS, "--weights", weights, "--preset", "paper"]
+        check_error(run(capsys, *arguments), "scorer.down is missing from the file")
+
 
 class TestData:
     def check(self, capsys, data, message):
@@ -205,9 +224,26 @@ class TestData:
     def test_truncated_image(self, capsys, folder, workers):
         picture = folder / "dog" / "0.png"
         picture.write_bytes(picture.read_bytes()[:60])
-        arguments = ["eval", *TINY, "--model-args", TINY_ARGS, "--workers", workers, "--data", folder]
+        arguments = [
+            "eval",
+            *TINY,
+            "--model-args",
+            '{"patch_size": 4}',
+            "--workers",
+            workers,
+            "--data",
+            folder,
+        ]
         check_error(run(capsys, *arguments), "0.png' cannot be decoded")
         assert picture.stat().st_size == 60
+
+    def test_other_number_of_classes(self, capsys, folder):
+        arguments = ["eval", *TINY, "--model-args", TINY_ARGS, "--data", folder]
+        check_error(run(capsys, *arguments), "has 2 classes, but the model has 10")
+
+    def test_unusable_device(self, capsys, folder):
+        arguments = ["eval", *TINY, "--data", folder, "--device", "abacus"]
+        check_error(run(capsys, *arguments), "device='abacus' cannot be used here")
 
     def test_wrong_input_size_is_named(self, capsys, folder):
         arguments = ["eval", "--model", "deit_tiny_patch16_224", "--img-size", 100, "--data", folder]

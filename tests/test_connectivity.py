@@ -1,5 +1,7 @@
 """Layouts, budgets and key lists."""
 
+import math
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from sparsifiner.layout import TokenLayout
 def test_squares_partition_the_grid(grid, side, prefix):
     layout = TokenLayout(grid, prefix)
     tokens = layout.square_tokens(side, torch.device("cpu"))
-    assert tokens.shape == (layout.squares(side), side * side)
+    assert tokens.shape == (layout.squares(side), math.prod(layout.square_shape(side)))
     assert sorted(tokens[tokens >= 0].tolist()) == list(range(prefix, layout.tokens))
     assert (tokens >= 0).sum(1).tolist() == layout.square_sizes(side, tokens.device).tolist()
     for square, members in enumerate(tokens):

@@ -40,7 +40,26 @@ def test_selection_equals_the_reference_on_the_cpu():
     assert torch.equal(select_topk(scores.cuda(), 103, backend="torch").cpu(), expected)
 
 
-@pytest.mark.parametrize("scorer", ["pooled", "oracle", "random", "window", "strided"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_more_rows_than_a_kernel_launches(dtype):
+    layout = layout_of(196, 1)
+    connectivity = make_connectivity(layout, 0.04, 1, None, heads=6, batch=64, device="cuda")
+    q, k, v = make_qkv(layout, heads=6, batch=64, dtype=dtype, device="cuda")
+    out = sparse_attention(q, k, v, connectivity, backend="torch")
+    expected = sparse_attention(q.double(), k.double(), v.double(), connectivity, backend="reference")
+    assert (out - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("name", ["deit", "qk norm"])
+def test_autocast(name):
+    model = sparsifiner.sparsify(make_model(name), keep=0.2, tile=4).cuda()
+    images = make_images(model.patch_embed.img_size[0]).cuda()
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        assert torch.isfinite(model(images)).all()
+
+
+@pytest.mark.parametrize("scorer", ["lowrank", "pooled", "oracle", "random", "window", "strided"])
+@pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
 def test_model_on_the_gpu_equals_the_cpu(scorer):
     model = sparsifiner.sparsify(make_model("deit"), keep=0.2, tile=4, scorer=scorer)
     images = make_images(224)

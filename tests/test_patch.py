@@ -152,7 +152,7 @@ def test_copies_and_pickles_compute_the_same_on_their_own(name):
     images = make_images(ARCHITECTURES[name][2][0])
     expected = model(images)
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert clone.blocks[0].attn.grid.patch_embed is clone.patch_embed
+        assert clone.blocks[0].attn.grid.model is clone
         assert torch.equal(clone(images), expected)
 
 
@@ -162,7 +162,10 @@ def test_second_call_changes_only_the_configuration():
         sparsifiner.sparsify(model, preset="paper", keep=0.25)
     scorer = model.blocks[0].attn.scorer
     weight = scorer.up.detach().clone()
-    sparsifiner.sparsify(model, preset="paper", keep=[0.5, 0.1], backend="reference")
+    changed = {"coef_topk": 4, "basis_threshold": 0.03, "seed": 1, "legacy": True}
+    sparsifiner.sparsify(model, preset="paper", keep=[0.5, 0.1], backend="reference", **changed)
+    assert (scorer.coef_topk, scorer.basis_threshold, scorer.legacy) == (4, 0.03, True)
+    assert scorer.temperature == 3**-0.5
     assert model.blocks[0].attn.scorer is scorer
     assert torch.equal(scorer.up, weight)
     assert [layer.config.keep_of(layer.layer) for layer in sparse_layers(model)] == [0.5, 0.1]
@@ -203,12 +206,101 @@ def test_intermediates_and_hooks_see_raster_order():
         assert (a - b).abs().max() < 1e-5
 
 
-def test_autocast_runs_and_stays_close():
-    model = sparsifiner.sparsify(make_model("deit"), keep=0.25)
+@pytest.mark.parametrize("name", ["deit", "qk norm"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tile": 4, "summary": 2},
+        {"tile": 1, "summary": None, "scorer": "lowrank", "legacy": True},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
+def test_autocast_changes_the_projections_but_not_the_precision_of_scores(name, options):
+    model = sparsifiner.sparsify(make_model(name), keep=0.25, **options)
+    layer = model.blocks[0].attn
+    tokens = torch.randn(2, layer.current_layout(layer.grid.model.patch_embed.num_patches + 1).tokens, 48)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            q, k, _ = layer.project(tokens)
+            spec = layer.list_spec(layer.current_layout(tokens.shape[1]))
+            scores, lists = layer.scorer.scores(q, k, spec), layer.scorer(q, k, spec)
+            assert layer(tokens).shape == tokens.shape
+        assert q.dtype == torch.bfloat16
+        assert scores.dtype == torch.float32
+        assert torch.equal(scores, layer.scorer.scores(q, k, spec))
+        assert torch.equal(lists.indices, layer.scorer(q, k, spec).indices)
+
+
+def test_bf16_model_stays_close_to_its_fp32_twin():
+    model = sparsifiner.sparsify(make_model("deit"), keep=1.0)
     images = make_images(224)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        low = model(images)
-    assert (low.float() - model(images)).abs().max() < 0.1
+    expected = model(images)
+    low = model.bfloat16()(images.bfloat16()).float()
+    assert ((low - expected).norm() / expected.norm()) < 0.02
+    with sparsifiner.trace(model) as traces:
+        model(images.bfloat16())
+    assert torch.equal(traces[1].connectivity.indices[0, 0, 0], torch.arange(197).int())
+
+
+def test_empty_batch():
+    model = sparsifiner.sparsify(make_model("deit"), keep=0.1)
+    assert model(make_images(224, batch=0)).shape == (0, 7)
+
+
+def test_dynamic_size_with_gradient_checkpointing_is_refused():
+    model = sparsifiner.sparsify(make_model("internvit dynamic"), keep=0.2, tile=2)
+    model.set_grad_checkpointing(True)
+    with pytest.raises(ValueError, match="dynamic_img_size and gradient checkpointing do not go together"):
+        model(make_images(112))
+    with torch.no_grad():
+        model(make_images(112))
+
+
+def test_gradient_checkpointing_computes_the_same():
+    model = sparsifiner.sparsify(make_model("deit"), keep=0.2)
+    images = make_images(224)
+    weight = model.patch_embed.proj.weight
+    expected = torch.autograd.grad(model(images).square().sum(), weight)[0]
+    model.set_grad_checkpointing(True)
+    actual = torch.autograd.grad(model(images).square().sum(), weight)[0]
+    assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_trace_of_a_compiled_model():
+    model = sparsifiner.sparsify(make_model("deit"), keep=0.1)
+    compiled = torch.compile(model, backend="eager")
+    images = make_images(224)
+    compiled(images)
+    with sparsifiner.trace(model) as traces:
+        compiled(images)
+    assert sorted(traces) == [0, 1]
+
+
+def test_hooks_and_modes_of_the_layer_survive_both_ways():
+    model = make_model("deit").train()
+    model.blocks[0].attn.qkv.eval()
+    calls = []
+    handle = model.blocks[0].attn.register_forward_hook(lambda *args: calls.append("before"))
+    sparsifiner.sparsify(model, keep=0.1)
+    model.blocks[0].attn.register_forward_hook(lambda *args: calls.append("while sparse"))
+    model(make_images(224))
+    sparsifiner.desparsify(model)
+    model(make_images(224))
+    assert calls == ["before", "while sparse"] * 2
+    assert model.training
+    assert model.blocks[0].attn.training
+    assert not model.blocks[0].attn.qkv.training
+    handle.remove()
+    model(make_images(224))
+    assert calls[4:] == ["while sparse"]
+
+
+def test_tiles_larger_than_the_grid_are_one_tile():
+    model = sparsifiner.sparsify(make_model("deit"), keep=0.2, tile=14, summary=14)
+    images = make_images(224)
+    expected = model(images)
+    sparsifiner.sparsify(model, keep=0.2, tile=10**6, summary=10**6)
+    assert (model(images) - expected).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -255,6 +347,10 @@ def test_supported_models_have_no_reason():
         ({"coef_topk": 64}, "coef_topk=64 exceeds basis=32"),
         ({"backend": "cuda"}, "backend='cuda' is unknown"),
         ({"min_tokens": -1}, "min_tokens must be at least 0"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"basis_threshold": float("nan")}, "basis_threshold must be a number of at least 0"),
+        ({"keep": None}, "keep must be a number"),
+        ({"summary": [2]}, "summary must be a whole number"),
         ({"legacy": True}, "needs scorer='lowrank', got 'pooled'"),
         ({"preset": "paper", "legacy": True, "backend": "torch"}, "runs on backend='reference' only"),
         ({"preset": "slow"}, "preset='slow' is unknown"),

@@ -119,7 +119,7 @@ def test_random_is_fixed_by_seed_and_layer_and_uniform():
 
 def test_lowrank_follows_another_grid_by_resampling():
     native, other = TokenLayout((14, 14), 1), TokenLayout((28, 20), 1)
-    scorer = LowRankScorer(native, 16)
+    scorer = LowRankScorer(native, 2, 16, SparsifyConfig(scorer="lowrank"))
     with torch.no_grad():  # something smooth that resampling should keep
         y, x = torch.meshgrid(torch.linspace(0, 1, 14), torch.linspace(0, 1, 14), indexing="ij")
         scorer.up[1:] = (y + x).reshape(-1, 1) * torch.linspace(0.5, 1.5, 32)
@@ -142,6 +142,18 @@ def test_lowrank_weights_survive_a_change_of_size():
     model.set_input_size(img_size=(96, 128))
     assert model(make_images((96, 128))).shape == (2, 7)
     assert torch.equal(model.state_dict()["blocks.0.attn.scorer.up"], state["blocks.0.attn.scorer.up"])
+
+
+@pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
+def test_lowrank_weights_made_at_another_size_load_with_their_grid():
+    trained = sparsifiner.sparsify(make_model("deit"), preset="paper")
+    trained.set_input_size(img_size=(96, 128))
+    images = make_images((96, 128))
+    fresh = make_model("deit", img_size=(96, 128))
+    sparsifiner.sparsify(fresh, preset="paper")
+    fresh.load_state_dict(trained.state_dict())
+    assert fresh.blocks[0].attn.scorer.native_layout.grid == (14, 14)
+    assert torch.equal(fresh(images), trained(images))
 
 
 class TestReleased:

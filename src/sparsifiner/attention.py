@@ -1,10 +1,12 @@
 """The layer: tokens -> q, k, v -> scores -> key lists -> sparse attention -> tokens."""
 
 import threading
-from typing import Any, cast
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import Attention
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sparsifiner.config import SparsifyConfig
@@ -12,6 +14,11 @@ from sparsifiner.connectivity import Connectivity, exact_ratio, forced_prefix, k
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import sparse_attention
 from sparsifiner.scorers import ListSpec, Scorer
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
 
 
 class SparseAttention(nn.Module):
@@ -60,11 +67,15 @@ class SparseAttention(nn.Module):
         self.layer = layer
         self.configure(config)
         self._dense = (dense,)  # in a tuple: not a child, its weights are this module's already
+        self.training = dense.training
+        for hooks in _HOOKS:  # the same dictionaries, so that handles stay good on both sides
+            setattr(self, hooks, getattr(dense, hooks))
         self.register_load_state_dict_pre_hook(_rename_released_keys)  # type: ignore[no-untyped-call]
 
     def configure(self, config: SparsifyConfig) -> None:
         """Changes what the layer does; its weights stay."""
         self.config = config
+        self.scorer.configure(config)
         self.keep = exact_ratio(config.keep_of(self.layer))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
@@ -91,7 +102,8 @@ class SparseAttention(nn.Module):
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        return self.q_norm(q), self.k_norm(k), v
+        # under autocast norms return fp32
+        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
 
     def combine(self, x: Tensor, out: Tensor) -> Tensor:
         """Heads [B, H, N, d] to tokens [B, N, C]: norm, gate and output projection."""
@@ -143,7 +155,8 @@ class SparseAttention(nn.Module):
         dense: nn.Module = self._dense[0]
         for name in self.SHARED_MODULES:
             setattr(dense, name, getattr(self, name))
-        return dense.train(self.training)
+        dense.training = self.training
+        return dense
 
     def extra_repr(self) -> str:
         """Configuration in short."""
@@ -171,22 +184,31 @@ class CurrentGrid:
     (`dynamic_img_size`), a hook on `patch_embed` notes the size of this thread's call.
 
     Args:
-        patch_embed: the model's patch embedding.
-        dynamic: whether the model takes images of any size.
+        model: the whole model.
     """
 
-    def __init__(self, patch_embed: nn.Module, dynamic: bool) -> None:
-        self.patch_embed = patch_embed
-        self.dynamic = dynamic
+    def __init__(self, model: VisionTransformer) -> None:
+        self.model = model
         self._call = threading.local()
-        self._hook = patch_embed.register_forward_hook(self._note) if dynamic else None
+        self._hook = model.patch_embed.register_forward_hook(self._note) if model.dynamic_img_size else None
 
     def current(self) -> tuple[int, int]:
-        """Patches along height and width."""
-        if self.dynamic and hasattr(self._call, "grid"):
+        """Patches along height and width.
+
+        Raises:
+            ValueError: the model's gradient checkpointing would compute layers again after the grid of
+                another call was noted.
+        """
+        model = self.model
+        if model.dynamic_img_size and model.grad_checkpointing and torch.is_grad_enabled():
+            raise ValueError(
+                "dynamic_img_size and gradient checkpointing do not go together in a sparse model; create it "
+                "with dynamic_img_size=False, or call model.set_grad_checkpointing(False)"
+            )
+        if model.dynamic_img_size and hasattr(self._call, "grid"):
             grid: tuple[int, int] = self._call.grid
             return grid
-        height, width = cast("tuple[int, int]", self.patch_embed.grid_size)
+        height, width = model.patch_embed.grid_size
         return int(height), int(width)
 
     def remove(self) -> None:
@@ -210,7 +232,7 @@ class CurrentGrid:
 
 def dense_connectivity(batch: int, heads: int, layout: TokenLayout, tile: int, like: Tensor) -> Connectivity:
     """Lists of all keys: what a layer that stays dense attends to."""
-    every = like.new_tensor(range(layout.tokens)).int()
+    every = torch.arange(layout.tokens, dtype=torch.int32, device=like.device)
     return Connectivity(
         every.expand(batch, heads, layout.squares(tile), -1), layout.grid, tile, layout.prefix
     )

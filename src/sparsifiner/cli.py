@@ -23,7 +23,7 @@ from sparsifiner.measure.accuracy import Accuracy
 from sparsifiner.measure.accuracy import evaluate as evaluate_accuracy
 from sparsifiner.measure.macs import count_macs
 from sparsifiner.models.loading import load_model
-from sparsifiner.patch import desparsify
+from sparsifiner.patch import desparsify, why_not
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,33 @@ class ModelOptions:
     """Which model.
 
     Attributes:
-        model: timm model name.
+        model: timm name of a dense model.
         img_size: side of the input in pixels, the model's own by default.
-        weights: file of weights, .safetensors or a torch checkpoint.
-        pretrained: load timm's weights from the hub.
         model_args: more arguments for timm, as JSON: '{"num_classes": 10}'.
     """
 
     model: str = "deit_small_patch16_224"
     img_size: int | None = None
+    model_args: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Rejects names of models that are sparse already: the options decide that here."""
+        if self.model.startswith("sparsifiner_"):
+            dense = self.model.removeprefix("sparsifiner_")
+            raise ValueError(f"model={self.model!r} is sparse already; give --model {dense} --preset paper")
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """Which weights.
+
+    Attributes:
+        weights: file of weights, .safetensors or a torch checkpoint.
+        pretrained: load timm's weights from the hub.
+    """
+
     weights: str | None = None
     pretrained: bool = False
-    model_args: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +118,9 @@ def macs(model: ModelOptions, sparsity: SparsityOptions, *, json: bool = False) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an untrained scorer costs what a trained one costs
         built = load_model(model.model, config=config, img_size=model.img_size, model_args=model.model_args)
+    reasons = why_not(built)
+    if reasons:
+        raise ValueError(f"model={model.model!r} cannot be counted: {'; '.join(reasons)}")
     height, width = built.patch_embed.img_size  # type: ignore[union-attr, misc]
     report = count_macs(built, (3, int(height), int(width))).to_dict()
     if json:
@@ -119,6 +137,7 @@ def macs(model: ModelOptions, sparsity: SparsityOptions, *, json: bool = False) 
 
 def evaluate(
     model: ModelOptions,
+    weights: WeightOptions,
     sparsity: SparsityOptions,
     *,
     data: str = "digits",
@@ -139,6 +158,7 @@ def evaluate(
 
     Args:
         model: the model.
+        weights: its weights.
         sparsity: how sparse.
         data: "digits" (embedded), a folder of class folders, a folder of Parquet files, tar shards, or
             the name of a data set on the hub.
@@ -157,21 +177,27 @@ def evaluate(
         json: print JSON.
     """
     config = sparsity.to_config()
+    chosen = _choose_device(device)
     images = open_images(data, split, limit=limit)
     arguments = dict(model.model_args or {})
-    arguments.setdefault("num_classes", images.num_classes)
+    if weights.weights is None and not weights.pretrained:
+        print("no --weights and no --pretrained: the model's weights are random", file=sys.stderr)
+    if not weights.pretrained:  # a pretrained head stays as it is
+        arguments.setdefault("num_classes", images.num_classes)
     built = load_model(
         model.model,
         config=config,
-        weights=model.weights,
+        weights=weights.weights,
         img_size=model.img_size,
-        pretrained=model.pretrained,
+        pretrained=weights.pretrained,
         model_args=arguments,
     )
     transform = evaluation_transform(
         built, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation
     )
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    classes = getattr(built, "num_classes", None)
+    if classes != images.num_classes:
+        raise ValueError(f"data={data!r} has {images.num_classes} classes, but the model has {classes}")
     built.to(chosen)
     dense = desparsify(copy.deepcopy(built)) if against_dense else None
     accuracy = evaluate_accuracy(
@@ -182,11 +208,23 @@ def evaluate(
         amp_dtype={"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp],
     )
     if json:
-        run = {"model": model.model, "data": data, "split": split, "device": chosen, "amp": amp}
+        run = {"model": model.model, "data": data, "split": split, "device": str(chosen), "amp": amp}
         sparse = None if config is None else dataclasses.asdict(config)
         print(json_format.dumps({**run, "sparsity": sparse, **accuracy.to_dict()}))
     else:
         _print_accuracy(accuracy)
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device={device!r} cannot be used here ({reason}); try cpu") from error
+    return chosen
 
 
 def _print_accuracy(accuracy: Accuracy) -> None:

@@ -54,7 +54,7 @@ class SparsifyConfig:
 
     def __post_init__(self) -> None:
         """Rejects impossible values by name."""
-        keeps = [self.keep] if isinstance(self.keep, int | float) else list(self.keep)
+        keeps = list(self.keep) if isinstance(self.keep, Sequence) else [self.keep]
         for keep in keeps:
             if isinstance(keep, bool) or not isinstance(keep, int | float):
                 raise TypeError(f"keep must be a number in (0, 1] or one per layer, got {self.keep!r}")
@@ -62,10 +62,10 @@ class SparsifyConfig:
                 raise ValueError(f"keep must lie in (0, 1], the share of keys that stay; got {keep!r}")
         if not keeps:
             raise ValueError("keep must be a number in (0, 1] or one per layer; got an empty list")
-        if not isinstance(self.keep, int | float):
+        if isinstance(self.keep, Sequence):
             object.__setattr__(self, "keep", tuple(keeps))
         self._check_at_least("tile", 1, "tile=1 gives every query its own key list")
-        if self.summary not in {None, "auto"}:
+        if self.summary is not None and self.summary != "auto":
             self._check_at_least("summary", 1, "use None for no summaries or 'auto'")
         if self.scorer not in get_args(ScorerName):
             raise ValueError(f"scorer={self.scorer!r} is unknown; choose one of {get_args(ScorerName)}")
@@ -75,9 +75,10 @@ class SparsifyConfig:
         self._check_at_least("coef_topk", 1, "the paper uses 8")
         if self.coef_topk > self.basis:
             raise ValueError(f"coef_topk={self.coef_topk} exceeds basis={self.basis}; lower coef_topk")
-        if self.basis_threshold < 0:
-            raise ValueError(f"basis_threshold must be at least 0, got {self.basis_threshold}")
+        if not (isinstance(self.basis_threshold, int | float) and 0 <= self.basis_threshold < math.inf):
+            raise ValueError(f"basis_threshold must be a number of at least 0, got {self.basis_threshold!r}")
         self._check_at_least("min_tokens", 0, "0 makes every layer sparse")
+        self._check_at_least("seed", 0, "any whole number below 2 ** 32 will do")
         if self.backend not in {"auto", *BACKENDS}:
             raise ValueError(f"backend={self.backend!r} is unknown; choose 'auto' or one of {BACKENDS}")
         if self.legacy:

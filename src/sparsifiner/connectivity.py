@@ -52,6 +52,9 @@ class Connectivity:
         tile: side of a tile in patches; 1 gives one list per query.
         prefix: number of prefix tokens before the patches.
 
+    The entries themselves are not checked: indices outside 0..N-1 other than -1, or the same key twice in
+    one list, are undefined behaviour.
+
     Raises:
         TypeError: `indices` are not int32.
         ValueError: the shape of `indices` does not fit the geometry.

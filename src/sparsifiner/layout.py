@@ -41,6 +41,10 @@ class TokenLayout:
         """Squares of `side` x `side` patches along height and width."""
         return -(-self.grid[0] // side), -(-self.grid[1] // side)
 
+    def square_shape(self, side: int) -> tuple[int, int]:
+        """Patches of a whole square along height and width: no more than the grid has."""
+        return min(side, self.grid[0]), min(side, self.grid[1])
+
     def squares(self, side: int) -> int:
         """Number of squares."""
         rows, columns = self.square_grid(side)
@@ -81,27 +85,29 @@ class TokenLayout:
             side: side of a square in patches.
 
         Returns:
-            [B, H, squares, side * side, d].
+            [B, H, squares, m, d] with m the patches of a whole square.
         """
         B, H, _, d = patches.shape
         if side == 1:
             return patches.unsqueeze(3)
         rows, columns = self.square_grid(side)
+        height, width = self.square_shape(side)
         padded = patches.reshape(B, H, *self.grid, d)
-        pad_h, pad_w = rows * side - self.grid[0], columns * side - self.grid[1]
+        pad_h, pad_w = rows * height - self.grid[0], columns * width - self.grid[1]
         if pad_h or pad_w:
             padded = F.pad(padded, (0, 0, 0, pad_w, 0, pad_h))
-        split = padded.reshape(B, H, rows, side, columns, side, d).transpose(3, 4)
-        return split.reshape(B, H, rows * columns, side * side, d)
+        split = padded.reshape(B, H, rows, height, columns, width, d).transpose(3, 4)
+        return split.reshape(B, H, rows * columns, height * width, d)
 
     def merge_squares(self, squares: Tensor, side: int) -> Tensor:
-        """Inverse of `split_squares`: [B, H, squares, side * side, d] to raster [B, H, gh * gw, d]."""
+        """Inverse of `split_squares`: [B, H, squares, m, d] to raster [B, H, gh * gw, d]."""
         B, H, _, _, d = squares.shape
         if side == 1:
             return squares.squeeze(3)
         rows, columns = self.square_grid(side)
-        merged = squares.reshape(B, H, rows, columns, side, side, d).transpose(3, 4)
-        merged = merged.reshape(B, H, rows * side, columns * side, d)
+        height, width = self.square_shape(side)
+        merged = squares.reshape(B, H, rows, columns, height, width, d).transpose(3, 4)
+        merged = merged.reshape(B, H, rows * height, columns * width, d)
         return merged[:, :, : self.grid[0], : self.grid[1]].reshape(B, H, self.patches, d)
 
     def square_means(self, patches: Tensor, side: int) -> Tensor:
@@ -111,11 +117,12 @@ class TokenLayout:
         B, H, _, d = patches.shape
         # channels last in memory, which pooling reads in place
         image = patches.reshape(B * H, *self.grid, d).contiguous().permute(0, 3, 1, 2)
-        means = F.avg_pool2d(image, side, ceil_mode=True, count_include_pad=False)
-        return means.permute(0, 2, 3, 1).reshape(B, H, -1, d)
+        shape = self.square_shape(side)
+        means = F.avg_pool2d(image, shape, ceil_mode=True, count_include_pad=False)
+        return means.permute(0, 2, 3, 1).reshape(B, H, self.squares(side), d)
 
     def square_tokens(self, side: int, device: torch.device) -> Tensor:
-        """Tokens of each square in ascending order, int64 [squares, side * side], -1 last at the edges."""
+        """Tokens of each square in ascending order, int64 [squares, m], -1 last at the edges."""
         token = torch.arange(self.prefix, self.tokens, device=device)
         if side == 1:
             return token.unsqueeze(1)

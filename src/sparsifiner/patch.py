@@ -11,12 +11,12 @@ from torch import nn
 from sparsifiner.attention import CurrentGrid, SparseAttention
 from sparsifiner.config import SparsifyConfig, make_config
 from sparsifiner.layout import TokenLayout
-from sparsifiner.scorers import Scorer, make_scorer
+from sparsifiner.scorers import LowRankScorer, Scorer, make_scorer
 
 _logger = logging.getLogger(__name__)
 
 # fields that shape a scorer: with these equal, calling sparsify again keeps the scorer and its weights
-_SCORER_FIELDS = ("scorer", "basis", "reduced_dim", "coef_topk", "basis_threshold", "legacy", "seed")
+_SHAPING_FIELDS = ("scorer", "basis", "reduced_dim")
 
 
 def sparsify(
@@ -70,7 +70,7 @@ def sparsify(
     untrained = False
     for index, (block, layer) in enumerate(zip(model.blocks, layers, strict=True)):
         if isinstance(layer, SparseAttention):
-            if not _same_scorer(layer.config, config):
+            if not _keeps_scorer(layer, config):
                 layer.scorer = _place(
                     make_scorer(config, index, native, layer.num_heads, layer.head_dim), layer
                 )
@@ -79,7 +79,7 @@ def sparsify(
         else:
             scorer = _place(make_scorer(config, index, native, layer.num_heads, layer.head_dim), layer)
             sparse = SparseAttention(layer, scorer, grid, model.num_prefix_tokens, index, config)
-            block.attn = sparse.train(layer.training)
+            block.attn = sparse
             untrained = True
     if untrained and config.scorer == "lowrank":
         warnings.warn(
@@ -88,7 +88,7 @@ def sparsify(
         )
     if native.tokens < config.min_tokens:
         _logger.info(
-            "sparsifiner: all layers stay dense at %d tokens (min_tokens=%d)",
+            "sparsifiner: layers stay dense at the native %d tokens (min_tokens=%d)",
             native.tokens,
             config.min_tokens,
         )
@@ -150,11 +150,16 @@ def _native_grid(model: VisionTransformer) -> tuple[int, int]:
 
 
 def _current_grid(model: VisionTransformer) -> CurrentGrid:
-    return CurrentGrid(model.patch_embed, bool(model.dynamic_img_size))
+    return CurrentGrid(model)
 
 
-def _same_scorer(old: SparsifyConfig, new: SparsifyConfig) -> bool:
-    return all(getattr(old, name) == getattr(new, name) for name in _SCORER_FIELDS)
+def _keeps_scorer(layer: SparseAttention, config: SparsifyConfig) -> bool:
+    if any(getattr(layer.config, name) != getattr(config, name) for name in _SHAPING_FIELDS):
+        return False
+    scorer = layer.scorer
+    if isinstance(scorer, LowRankScorer):  # legacy counts its basis by the image size
+        return scorer.up.shape[1] == scorer.basis_size(config, scorer.native_layout)
+    return True
 
 
 def _place(scorer: Scorer, layer: SparseAttention | Attention) -> Scorer:

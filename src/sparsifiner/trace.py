@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention, dense_connectivity
@@ -30,7 +31,7 @@ class LayerTrace:
 
 @contextmanager
 def trace(model: nn.Module) -> Iterator[dict[int, LayerTrace]]:
-    """Records the key lists of every layer while the context is open.
+    """Records the key lists of every layer while the context is open; compiled models run eagerly in it.
 
     Args:
         model: a sparse model.
@@ -50,7 +51,9 @@ def trace(model: nn.Module) -> Iterator[dict[int, LayerTrace]]:
         handles.append(layer.scorer.register_forward_hook(_record_lists(traces, layer)))
         handles.append(layer.register_forward_hook(_record_dense(traces, layer)))
     try:
-        yield traces
+        # compiled code does not see hooks that come after it
+        with torch.compiler.set_stance("force_eager"):
+            yield traces
     finally:
         for handle in handles:
             handle.remove()

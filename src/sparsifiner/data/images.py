@@ -114,6 +114,8 @@ def open_images(data: str | Path, split: str = "validation", *, limit: int | Non
         ValueError: `data` or `split` is unknown, or what is there is no labelled image set.
     """
     data = str(data)
+    if not data:
+        raise ValueError(f"data is empty; give {_SOURCES}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}; None takes all images")
     reader, class_names = _open(data, split)

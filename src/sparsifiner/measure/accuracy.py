@@ -85,13 +85,18 @@ def evaluate(
         runs["dense"] = _Run(dense, device, amp_dtype)
     labels: list[Tensor] = []
     bar = tqdm(batches, desc="evaluating", unit="batch", disable=None if progress else True, leave=False)
+    hits = seen = 0
     for images, label in bar:
-        labels.append(label)
         images = images.to(device, non_blocking=True)
+        if not labels:
+            for run in runs.values():
+                run.compute(images)
+        labels.append(label)
         for run in runs.values():
             run.step(images)
-        right = torch.cat(runs["model"].logits).argmax(1) == torch.cat(labels)
-        bar.set_postfix(top1=f"{100 * right.double().mean():.2f}", refresh=False)
+        hits += int((runs["model"].logits[-1].argmax(1) == label).sum())
+        seen += len(label)
+        bar.set_postfix(top1=f"{100 * hits / seen:.2f}", refresh=False)
     if not labels:
         raise ValueError("data: there is no image to evaluate on")
     label = torch.cat(labels)
@@ -118,12 +123,15 @@ class _Run:
         self.logits: list[Tensor] = []
         self.seconds = 0.0
 
+    def compute(self, images: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+            logits: Tensor = self.model(images)
+        return logits.float().cpu()  # the copy waits for a GPU
+
     def step(self, images: Tensor) -> None:
         start = time.perf_counter()
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            logits = self.model(images).float().cpu()  # the copy waits for a GPU
+        self.logits.append(self.compute(images))
         self.seconds += time.perf_counter() - start
-        self.logits.append(logits)
 
 
 def _compare(logits: Tensor, right: Tensor, label: Tensor, dense: _Run) -> AgainstDense:

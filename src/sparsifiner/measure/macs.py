@@ -2,6 +2,8 @@
 
 A MAC is one multiplication and addition of a matrix product. Softmax, means, comparisons and
 selection are no matrix products and count as none, as in the paper and in torch's flop counter.
+Counted are the pairs that the method needs: what a backend pads at the edges of a grid that the tile
+does not divide comes on top.
 """
 
 import copy
@@ -133,7 +135,7 @@ def _paper_mhsa_of(attentions: list[Any], tokens: int) -> float | None:
     if not isinstance(first, SparseAttention):
         return paper_mhsa(*shape, keep=None)
     config = first.config
-    if (config.scorer, config.tile, config.summary) != ("lowrank", 1, None):
+    if (config.scorer, config.tile, config.summary) != ("lowrank", 1, None) or tokens < config.min_tokens:
         return None
     keeps = {attention.keep for attention in attentions}
     return paper_mhsa(*shape, keep=keeps.pop()) if len(keeps) == 1 else None

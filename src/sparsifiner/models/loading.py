@@ -55,12 +55,13 @@ def load_model(
     state = None if weights is None else read_weights(weights)
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
-    except TypeError as error:
-        raise ValueError(f"model_args do not fit {name}: {error}") from error
+    except (TypeError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"model_args={arguments} do not fit {name}: {reason}") from error
     _check_image_size(model, name)
     if config is not None:
         with warnings.catch_warnings():
-            if state is not None and any(".scorer." in key or ".mask_predictor." in key for key in state):
+            if state is not None and _holds_scorer(state):
                 warnings.filterwarnings("ignore", "the low-rank scorer is untrained")
             sparsify(model, config)
     if state is not None:
@@ -82,7 +83,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (SafetensorError, pickle.UnpicklingError, LookupError, RuntimeError, EOFError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"weights={str(path)!r} cannot be read, it may be corrupt or cut off ({reason}); fetch it again"
@@ -107,13 +108,21 @@ def _load_checked(model: nn.Module, state: dict[str, Tensor], path: str | Path |
             f"weights={str(path)!r} do not fit the model: {_shorten(wrong_shape)}; "
             "set --model-args and --img-size to those that they were trained with"
         )
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    # dense weights have no scorer: that is what training adds
-    missing = [key for key in missing if ".scorer." not in key]
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # shapes under the names of released checkpoints
+        lines = str(error).splitlines()[1:]
+        raise ValueError(f"weights={str(path)!r} do not fit the model: {_shorten(lines)}") from error
+    if not _holds_scorer(state):  # dense weights have no scorer: that is what training adds
+        missing = [key for key in missing if ".scorer." not in key]
     if missing or unexpected:
         problems = [f"{key} is missing from the file" for key in missing]
         problems += [f"{key} is unknown to the model" for key in unexpected]
         raise ValueError(f"weights={str(path)!r} do not fit the model: {_shorten(problems)}")
+
+
+def _holds_scorer(state: dict[str, Tensor]) -> bool:
+    return any(".scorer." in key or ".mask_predictor." in key for key in state)
 
 
 def _check_image_size(model: nn.Module, name: str) -> None:
@@ -126,7 +135,7 @@ def _check_image_size(model: nn.Module, name: str) -> None:
             below = size // patch * patch
             raise ValueError(
                 f"img_size={size} is not a multiple of the patch size {patch} of {name}; "
-                f"use {below} or {below + patch}"
+                f"use {f'{below} or ' if below else ''}{below + patch}"
             )
 
 

@@ -1,8 +1,17 @@
 """The one rule for intermediate precision."""
 
+import contextlib
+
 import torch
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64 inputs, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Inside, operations compute in the dtypes that they are given, whatever autocast says."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -42,15 +42,7 @@ def make_scorer(
         head_dim: d.
     """
     if config.scorer == "lowrank":
-        return LowRankScorer(
-            layout,
-            head_dim,
-            basis=max(1, layout.tokens // 6) if config.legacy else config.basis,
-            reduced_dim=config.reduced_dim,
-            coef_topk=config.coef_topk,
-            basis_threshold=config.basis_threshold,
-            legacy_heads=num_heads if config.legacy else None,
-        )
+        return LowRankScorer(layout, num_heads, head_dim, config)
     if config.scorer == "random":
         return RandomScorer(config.seed, layer)
     return _WITHOUT_OPTIONS[config.scorer]()

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import select_topk
+from sparsifiner.ops.precision import without_autocast
 
 # scores(start, stop) gives the scores of those rows: [B or 1, H, stop - start, N]
 RowScores = Callable[[int, int], Tensor]
@@ -61,6 +63,9 @@ class Scorer(nn.Module):
             spec: the lists wanted.
         """
 
+    def configure(self, config: SparsifyConfig) -> None:
+        """Takes over options that do not shape parameters; most scorers have none."""
+
     @abstractmethod
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """Multiply-accumulates per image of everything that the scorer multiplies."""
@@ -72,7 +77,8 @@ class Scorer(nn.Module):
     @torch.no_grad()
     def scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> Tensor:
         """All scores at once, [B or 1, H, rows, N]: for tests and pictures."""
-        return self.row_scores(q, k, spec)(0, spec.rows)
+        with without_autocast(q.device):
+            return self.row_scores(q, k, spec)(0, spec.rows)
 
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, spec: ListSpec) -> Connectivity:
@@ -85,10 +91,10 @@ class Scorer(nn.Module):
         """
         B, H = q.shape[:2]
         chunk_elements = _CHUNK_ELEMENTS.get(q.device.type, _CHUNK_ELEMENTS["cuda"])
-        chunk = max(1, chunk_elements // (B * H * self.elements_per_row(spec)))
+        chunk = max(1, chunk_elements // max(1, B * H * self.elements_per_row(spec)))
         own = spec.layout.square_tokens(spec.tile, q.device)
         # scores are compared in fp32, so autocast must not round them
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device):
             scores = self.row_scores(q, k, spec)
             lists = [
                 select_topk(

@@ -1,10 +1,13 @@
 """The paper's connectivity predictor: a learned low-rank sketch of the attention map."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, trunc_normal_
 from torch import Tensor, nn
 
+from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops.precision import accumulation_dtype
@@ -27,14 +30,11 @@ class LowRankScorer(Scorer):
     native grid and are resampled for any other.
 
     Args:
-        layout: tokens at the native image size.
+        layout: tokens at the native image size; kept with the weights.
+        num_heads: heads of the layer, for the released temperature.
         head_dim: d.
-        basis: K.
-        reduced_dim: c, half of d by default.
-        coef_topk: coefficients kept.
-        basis_threshold: smallest magnitude of a basis entry.
-        legacy_heads: number of heads for the released temperature `heads ** -0.5`, None for ours;
-            the product is then dense and ties are settled by `torch.topk`, as released.
+        config: sizes and thresholds. With `legacy` the temperature is `num_heads ** -0.5`, K is N // 6,
+            the product is dense and ties are settled by `torch.topk`, as released.
 
     Source:
         Wei et al., "Sparsifiner", CVPR 2023, section 3.2.
@@ -43,29 +43,34 @@ class LowRankScorer(Scorer):
     # released checkpoints keep the parameters under these names
     RELEASED_NAMES = (("proj_c_q", "query"), ("proj_c_k", "key"), ("proj_back_n", "up"), ("proj_n", "down"))
 
-    def __init__(
-        self,
-        layout: TokenLayout,
-        head_dim: int,
-        *,
-        basis: int = 32,
-        reduced_dim: int | None = None,
-        coef_topk: int = 8,
-        basis_threshold: float = 0.02,
-        legacy_heads: int | None = None,
-    ) -> None:
+    native_grid: Tensor
+
+    def __init__(self, layout: TokenLayout, num_heads: int, head_dim: int, config: SparsifyConfig) -> None:
         super().__init__()
-        reduced_dim = max(1, head_dim // 2) if reduced_dim is None else reduced_dim
+        reduced_dim = max(1, head_dim // 2) if config.reduced_dim is None else config.reduced_dim
+        basis = self.basis_size(config, layout)
+        self.num_heads = num_heads
         self.native_layout = layout
-        self.coef_topk = coef_topk
-        self.basis_threshold = basis_threshold
-        self.legacy_heads = legacy_heads
+        self.register_buffer("native_grid", torch.tensor(layout.grid))
         self.query = nn.Linear(head_dim, reduced_dim)
         self.key = nn.Linear(head_dim, reduced_dim)
         self.down = nn.Parameter(torch.empty(layout.tokens, basis))
         self.up = nn.Parameter(torch.empty(layout.tokens, basis))
-        self.temperature = reduced_dim**-0.5 if legacy_heads is None else legacy_heads**-0.5
+        self.configure(config)
+        self.register_load_state_dict_pre_hook(_adopt_native_size)  # type: ignore[no-untyped-call]
         self.reset_parameters()
+
+    @staticmethod
+    def basis_size(config: SparsifyConfig, layout: TokenLayout) -> int:
+        """K that a configuration asks for."""
+        return max(1, layout.tokens // 6) if config.legacy else config.basis
+
+    def configure(self, config: SparsifyConfig) -> None:
+        """See `Scorer.configure`."""
+        self.legacy = config.legacy
+        self.coef_topk = config.coef_topk
+        self.basis_threshold = config.basis_threshold
+        self.temperature = self.num_heads**-0.5 if config.legacy else self.query.out_features**-0.5
 
     def reset_parameters(self) -> None:
         """Truncated normal of standard deviation .02, biases 0."""
@@ -99,7 +104,7 @@ class LowRankScorer(Scorer):
         coefficients = self.coefficients(q, k, spec.layout, spec.tile)
         largest = coefficients.topk(min(self.coef_topk, self.up.shape[1]), -1)
         basis = self.basis(spec.layout).to(coefficients.dtype).mT.contiguous()  # [K, N]
-        if self.legacy_heads is not None:
+        if self.legacy:
             sparse = torch.zeros_like(coefficients).scatter(-1, largest.indices, largest.values)
             return lambda start, stop: sparse[:, :, start:stop] @ basis
 
@@ -121,7 +126,7 @@ class LowRankScorer(Scorer):
         """See `Scorer.macs`: projections, k_down, coefficients and the sparse product, in this order."""
         N, rows = spec.layout.tokens, spec.rows
         reduced_dim, basis = self.query.out_features, self.up.shape[1]
-        coefficients_used = basis if self.legacy_heads is not None else min(self.coef_topk, basis)
+        coefficients_used = basis if self.legacy else min(self.coef_topk, basis)
         per_head = (
             (rows + N) * head_dim * reduced_dim
             + N * basis * reduced_dim
@@ -133,7 +138,7 @@ class LowRankScorer(Scorer):
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, spec: ListSpec) -> Connectivity:
         """See `Scorer.forward`; the legacy switch selects as the released code did."""
-        if self.legacy_heads is None:
+        if not self.legacy:
             return super().forward(q, k, spec)
         indices = self.scores(q, k, spec).topk(spec.budget, -1).indices.sort(-1).values.int()
         return Connectivity(indices, spec.layout.grid, spec.tile, spec.layout.prefix)
@@ -141,7 +146,7 @@ class LowRankScorer(Scorer):
     def extra_repr(self) -> str:
         """Sizes and thresholds."""
         tokens, basis = self.up.shape
-        return f"tokens={tokens}, basis={basis}, coef_topk={self.coef_topk}, legacy={bool(self.legacy_heads)}"
+        return f"tokens={tokens}, basis={basis}, coef_topk={self.coef_topk}, legacy={self.legacy}"
 
     def _resampled_down(self, layout: TokenLayout) -> Tensor:
         """W_down at another grid: a quadrature over patches, so its sum over them is kept."""
@@ -170,3 +175,20 @@ class LowRankScorer(Scorer):
         )
         assert isinstance(resampled, Tensor)
         return resampled.squeeze(0)
+
+
+def _adopt_native_size(
+    module: LowRankScorer, state_dict: dict[str, Any], prefix: str, *unused: object
+) -> None:
+    """Takes over the native grid of weights that were made at another image size."""
+    key = prefix + "native_grid"
+    if prefix + "up" not in state_dict:
+        return
+    state_dict.setdefault(key, module.native_grid)  # released checkpoints do not tell
+    height, width = state_dict[key].tolist()
+    layout = TokenLayout((int(height), int(width)), module.native_layout.prefix)
+    if layout != module.native_layout:
+        module.native_layout = layout
+        for name in ("down", "up"):
+            old = getattr(module, name)
+            setattr(module, name, nn.Parameter(old.new_empty(layout.tokens, old.shape[1])))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sparsifiner.config import SparsifyConfig
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
 
@@ -66,6 +67,10 @@ class RandomScorer(_FixedScorer):
         super().__init__()
         self.seed = seed
         self.layer = layer
+
+    def configure(self, config: SparsifyConfig) -> None:
+        """See `Scorer.configure`."""
+        self.seed = config.seed
 
     def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.ops.backend import resolve_backend
+from sparsifiner.ops.precision import without_autocast
 from sparsifiner.ops.sparse_attention import reference, torch_backend
 
 
@@ -70,6 +71,7 @@ def sparse_attention(
             f"sparse_attention: summary must be a window side of at least 1 patch or None, got {summary!r}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if resolve_backend(backend) == "reference":
-        return reference.sparse_attention(q, k, v, connectivity, summary, scale)
-    return torch_backend.sparse_attention(q, k, v, connectivity, summary, scale)
+    with without_autocast(q.device):
+        if resolve_backend(backend) == "reference":
+            return reference.sparse_attention(q, k, v, connectivity, summary, scale)
+        return torch_backend.sparse_attention(q, k, v, connectivity, summary, scale)

@@ -11,6 +11,8 @@ from sparsifiner.ops.precision import accumulation_dtype
 
 # Gathered keys of one chunk of rows: small enough for a CPU's cache, large enough to fill a GPU.
 _CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
+# Rows take the place of heads in fused attention, and CUDA kernels launch no more than these.
+_CHUNK_ROWS = 65_535
 
 
 def sparse_attention(
@@ -52,13 +54,15 @@ def sparse_attention(
     slots = (slots + first_slot).reshape(-1, keys_per_row)
     bias = bias.to(q.dtype).reshape(-1, 1, keys_per_row)
     key, value = key.reshape(-1, d), value.reshape(-1, d)
-    query = layout.split_squares(q[:, :, prefix:], tile).reshape(-1, tile * tile, d)
+    tiles = layout.split_squares(q[:, :, prefix:], tile)  # [B, H, rows, m, d]
+    query = tiles.reshape(-1, *tiles.shape[3:])
 
     attend = _attend
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         attend = _attend_recomputing
     row_bytes = keys_per_row * d * key.element_size()
-    rows_per_chunk = max(1, _CHUNK_BYTES.get(q.device.type, _CHUNK_BYTES["cuda"]) // row_bytes)
+    chunk_bytes = _CHUNK_BYTES.get(q.device.type, _CHUNK_BYTES["cuda"])
+    rows_per_chunk = min(_CHUNK_ROWS, max(1, chunk_bytes // row_bytes))
     chunks = [
         attend(
             query[start : start + rows_per_chunk],
@@ -70,8 +74,8 @@ def sparse_attention(
         )
         for start in range(0, query.shape[0], rows_per_chunk)
     ]
-    tiles = torch.cat(chunks).reshape(B, H, -1, tile * tile, d)
-    patches = layout.merge_squares(tiles, tile)
+    out = torch.cat(chunks) if chunks else query
+    patches = layout.merge_squares(out.view_as(tiles), tile)
     if not prefix:
         return patches
     prefix_out = F.scaled_dot_product_attention(q[:, :, :prefix], k, v, scale=scale)
