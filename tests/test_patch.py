@@ -402,3 +402,8 @@ def test_registered_models_are_made_by_timm():
     custom = SparsifyConfig(keep=0.1, tile=4)
     model = timm.create_model("sparsifiner_deit_tiny_patch16_224", sparsify_config=custom, depth=1)
     assert model.blocks[0].attn.config == custom
+
+
+def test_shapes_without_data():
+    model = sparsifiner.sparsify(make_model("deit"), keep=0.1).to("meta")
+    assert model(make_images(224).to("meta")).shape == (2, 7)

@@ -12,6 +12,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Inside, operations compute in the dtypes that they are given, whatever autocast says."""
-    if not torch.amp.is_autocast_available(device.type):
+    if device.type == "meta":  # has no autocast to switch off
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)
