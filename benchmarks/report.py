@@ -15,8 +15,10 @@ Every figure here was written by `python benchmarks/report.py` from the measurem
 """
 
 
-def load(name: str) -> list[dict[str, Any]]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+def load(name: str, *setting: str) -> list[dict[str, Any]]:
+    """The latest row of each setting."""
+    rows = json.loads((RESULTS / f"{name}.json").read_text())
+    return list({tuple(str(row[key]) for key in setting): row for row in rows}.values())
 
 
 def source_of(rows: list[dict[str, Any]]) -> str:
@@ -30,7 +32,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def training_free() -> str:
-    rows = load("training_free")
+    rows = load("training_free", "teacher", "scorer", "tile", "keep", "summary")
     body = []
     for row in rows:
         against = row["against_dense"]
@@ -74,7 +76,7 @@ form of sparsity allows, not what a scorer reaches.
 
 
 def memory() -> str:
-    rows = load("memory")
+    rows = load("memory", "backend")
     body = [[r["backend"], f"{r['forward_mib']:.0f} MiB", f"{r['peak_mib']:.0f} MiB"] for r in rows]
     sizes = {row["backend"]: row["forward_mib"] for row in rows}
     share = sizes["torch"] / sizes["reference"]
