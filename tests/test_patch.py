@@ -169,7 +169,11 @@ def test_second_call_changes_only_the_configuration():
     assert model.blocks[0].attn.scorer is scorer
     assert torch.equal(scorer.up, weight)
     assert [layer.config.keep_of(layer.layer) for layer in sparse_layers(model)] == [0.5, 0.1]
-    sparsifiner.sparsify(model, keep=0.1)
+    sparsifiner.sparsify(model, keep=0.2)  # an option alone leaves everything else as it is
+    assert model.blocks[0].attn.scorer is scorer
+    config = model.blocks[0].attn.config
+    assert (config.keep, config.tile, config.coef_topk) == (0.2, 1, 4)
+    sparsifiner.sparsify(model, preset="fast")
     assert model.blocks[0].attn.scorer is not scorer
 
 

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from sparsifiner.ops.backend import BACKENDS
@@ -54,16 +55,16 @@ class SparsifyConfig:
 
     def __post_init__(self) -> None:
         """Rejects impossible values by name."""
-        keeps = list(self.keep) if isinstance(self.keep, Sequence) else [self.keep]
+        keeps: list[Any] = list(self.keep) if isinstance(self.keep, Sequence) else [self.keep]
         for keep in keeps:
-            if isinstance(keep, bool) or not isinstance(keep, int | float):
+            if isinstance(keep, bool) or not isinstance(keep, Real):
                 raise TypeError(f"keep must be a number in (0, 1] or one per layer, got {self.keep!r}")
-            if not (0 < keep <= 1 and math.isfinite(keep)):
+            if not 0 < float(keep) <= 1:
                 raise ValueError(f"keep must lie in (0, 1], the share of keys that stay; got {keep!r}")
         if not keeps:
             raise ValueError("keep must be a number in (0, 1] or one per layer; got an empty list")
-        if isinstance(self.keep, Sequence):
-            object.__setattr__(self, "keep", tuple(keeps))
+        listed = tuple(float(keep) for keep in keeps)
+        object.__setattr__(self, "keep", listed if isinstance(self.keep, Sequence) else listed[0])
         self._check_at_least("tile", 1, "tile=1 gives every query its own key list")
         if self.summary is not None and self.summary != "auto":
             self._check_at_least("summary", 1, "use None for no summaries or 'auto'")
@@ -86,8 +87,9 @@ class SparsifyConfig:
 
     def _check_at_least(self, name: str, least: int, remedy: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, Integral):
             raise TypeError(f"{name} must be a whole number of at least {least}, got {value!r}; {remedy}")
+        object.__setattr__(self, name, int(value))
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}; {remedy}")
 
@@ -125,8 +127,17 @@ def make_config(preset: str = "fast", **options: Any) -> SparsifyConfig:
     """
     if preset not in PRESETS:
         raise ValueError(f"preset={preset!r} is unknown; choose one of {tuple(PRESETS)}")
+    return change_config(SparsifyConfig(**PRESETS[preset]), **options)
+
+
+def change_config(config: SparsifyConfig, **options: Any) -> SparsifyConfig:
+    """The same configuration with some options changed.
+
+    Raises:
+        ValueError: an option is unknown or impossible.
+    """
     names = [field.name for field in fields(SparsifyConfig)]
     for name in options:
         if name not in names:
             raise ValueError(f"{name!r} is no option of SparsifyConfig; the options are {', '.join(names)}")
-    return SparsifyConfig(**{**PRESETS[preset], **options})
+    return replace(config, **options)

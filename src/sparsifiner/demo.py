@@ -68,6 +68,7 @@ def run_demo(output: Path, seed: int = 0) -> list[DemoRow]:
     Returns:
         The rows of the table.
     """
+    output.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
     torch.manual_seed(seed)
     print(f"1/3  training a dense ViT on handwritten digits (32x32 px, 257 tokens, {_EPOCHS} epochs)")
     model = _make_digits_model()
@@ -219,7 +220,6 @@ def write_report(
         "Blue: the keys in its list. Grey: the windows whose mean key and value stand in for the rest.",
         figures="".join(figures),
     )
-    output.mkdir(parents=True, exist_ok=True)
     report = output / "report.html"
     if report.exists():
         written = time.strftime("%Y%m%d-%H%M%S", time.localtime(report.stat().st_mtime))

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import nn
 
 from sparsifiner.attention import CurrentGrid, SparseAttention
-from sparsifiner.config import SparsifyConfig, make_config
+from sparsifiner.config import SparsifyConfig, change_config, make_config
 from sparsifiner.layout import TokenLayout
 from sparsifiner.scorers import LowRankScorer, Scorer, make_scorer
 
@@ -24,13 +24,14 @@ def sparsify(
 ) -> nn.Module:
     """Makes the attention of a timm `VisionTransformer` sparse, in place, keeping its weights.
 
-    On a sparse model it changes only the configuration: scorers of the same kind keep their weights.
+    On a sparse model it changes only the configuration: options alone change the one that it has, and
+    scorers of the same kind keep their weights.
 
     Args:
         model: a plain timm Vision Transformer; `why_not(model)` says whether it will do.
         config: the whole configuration, or
-        preset: "fast" (the default: training-free, made for wall-clock time) or "paper" (the learned
-            low-rank scorer, one key list per query), with
+        preset: "fast" (the default for a dense model: training-free, made for wall-clock time) or
+            "paper" (the learned low-rank scorer, one key list per query), with
         **options: fields of `SparsifyConfig` to change, such as `keep=0.1`.
 
     Returns:
@@ -44,13 +45,7 @@ def sparsify(
     Example:
         >>> model = sparsify(timm.create_model("deit_small_patch16_224"), keep=0.1)
     """
-    if config is None:
-        config = make_config(preset or "fast", **options)
-    elif not isinstance(config, SparsifyConfig):
-        raise TypeError(f"config must be a SparsifyConfig, got {type(config).__name__}")
-    elif preset is not None or options:
-        given = ", ".join([*(["preset"] if preset else []), *options])
-        raise ValueError(f"give either config or {given}, not both")
+    config = _resolve_config(model, config, preset, options)
     reasons = why_not(model)
     if reasons:
         raise ValueError(
@@ -142,6 +137,23 @@ def sparse_layers(model: nn.Module) -> list[SparseAttention]:
     if not layers:
         raise ValueError("model has no sparse attention; call sparsifiner.sparsify(model) first")
     return layers
+
+
+def _resolve_config(
+    model: nn.Module, config: SparsifyConfig | None, preset: str | None, options: dict[str, Any]
+) -> SparsifyConfig:
+    """What the arguments of `sparsify` ask for."""
+    if config is not None:
+        if not isinstance(config, SparsifyConfig):
+            raise TypeError(f"config must be a SparsifyConfig, got {type(config).__name__}")
+        if preset is not None or options:
+            given = ", ".join([*(["preset"] if preset else []), *options])
+            raise ValueError(f"give either config or {given}, not both")
+        return config
+    present = [module.config for module in model.modules() if isinstance(module, SparseAttention)]
+    if present and preset is None:
+        return change_config(present[0], **options)
+    return make_config(preset or "fast", **options)
 
 
 def _native_grid(model: VisionTransformer) -> tuple[int, int]:

@@ -84,16 +84,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, LookupError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"weights={str(path)!r} cannot be read, it may be corrupt or cut off ({reason}); fetch it again"
+            f"weights={str(path)!r} cannot be read: it may be corrupt or cut off, or hold more than tensors "
+            "and numbers; fetch it again, or save its state dict as .safetensors"
         ) from error
-    for key in ("state_dict", "model"):
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"weights={str(path)!r} holds no state dict of tensors")
-    return content
+    # DistributedDataParallel saves its inner model under this name
+    return {key.removeprefix("module."): value for key, value in content.items()}
 
 
 def _load_checked(model: nn.Module, state: dict[str, Tensor], path: str | Path | None) -> None:
