@@ -28,7 +28,7 @@ test-gpu: $(ready)
 
 # Pins every requirement anew; the file carries no registry addresses.
 lock:
-	uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra viz \
+	uv pip compile --quiet --universal --python-version 3.11 --extra dev \
 	    --no-annotate --no-header --no-emit-index-url --no-emit-find-links pyproject.toml -o requirements/dev.txt
 
 # Builds wheel and sdist, installs the wheel into an empty environment and starts it.

@@ -99,11 +99,7 @@ class SparseAttention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, N, C] to q, k, v [B, H, N, d], q and k normalised where the model does so."""
-        B, N, _ = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        # under autocast norms return fp32
-        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v
+        return split_heads(self, self.qkv(x))
 
     def combine(self, x: Tensor, out: Tensor) -> Tensor:
         """Heads [B, H, N, d] to tokens [B, N, C]: norm, gate and output projection."""
@@ -228,6 +224,15 @@ class CurrentGrid:
         """Restores the state with no call noted."""
         self.__dict__.update(state)
         self._call = threading.local()
+
+
+def split_heads(attention: "Attention | SparseAttention", qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Projected tokens [B, N, 3 * H * d] to q, k, v [B, H, N, d], q and k normalised as the model does."""
+    B, N, _ = qkv.shape
+    heads = qkv.reshape(B, N, 3, attention.num_heads, attention.head_dim)
+    q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
+    # under autocast norms return fp32
+    return attention.q_norm(q).to(v.dtype), attention.k_norm(k).to(v.dtype), v
 
 
 def dense_connectivity(batch: int, heads: int, layout: TokenLayout, tile: int, like: Tensor) -> Connectivity:

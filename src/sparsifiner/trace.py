@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 
-from sparsifiner.attention import SparseAttention, dense_connectivity
+from sparsifiner.attention import SparseAttention, dense_connectivity, split_heads
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.layout import TokenLayout
 from sparsifiner.patch import sparse_layers
@@ -57,6 +58,39 @@ def trace(model: nn.Module) -> Iterator[dict[int, LayerTrace]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def trace_projections(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Records the queries and keys of every attention layer, dense or sparse, while the context is open.
+
+    They are those of the last forward, detached; compiled models run eagerly in it.
+
+    Args:
+        model: a timm Vision Transformer.
+
+    Yields:
+        A list that every forward fills anew with q and k, each [B, H, N, d], layer by layer.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Attention | SparseAttention)]
+    projections: list[tuple[Tensor, Tensor]] = []
+    handles = [layer.qkv.register_forward_hook(_record_projections(projections, layer)) for layer in layers]
+    handles.insert(0, layers[0].qkv.register_forward_pre_hook(lambda module, args: projections.clear()))
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield projections
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _record_projections(projections: list[tuple[Tensor, Tensor]], layer: Attention | SparseAttention) -> Any:
+    def hook(module: nn.Module, args: Any, qkv: Tensor) -> None:
+        with torch.no_grad():
+            q, k, _ = split_heads(layer, qkv)
+        projections.append((q, k))
+
+    return hook
 
 
 def _forget(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:

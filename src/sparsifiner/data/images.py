@@ -14,7 +14,7 @@ import sys
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -38,13 +38,19 @@ _EXTENSIONS = (*get_img_extensions(), ".webp")
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
 _SPLIT_NAMES = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
-# reader and class names
-_Opened = tuple[Any, Sequence[str]]
 # SyntaxError is Pillow's word for a broken PNG, TypeError pyarrow's for fields of changing type
 _LIBRARY_ERRORS = (
     *(OSError, ValueError, TypeError, RuntimeError, SyntaxError),
     *(tarfile.TarError, DatasetsError, Image.DecompressionBombError),
 )
+
+
+class _Opened(NamedTuple):
+    """A reader, its class names, and whether it reads all there is because that names no splits."""
+
+    reader: Any
+    class_names: Sequence[str]
+    whole: bool = False
 
 
 class UnreadableImageError(ValueError):
@@ -62,12 +68,21 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         data: what `open_images` was given.
         class_names: name of each label.
         num_classes: number of classes.
+        whole: whether these are all images there are, since `data` names no splits.
     """
 
-    def __init__(self, reader: Any, class_names: Sequence[str], data: str, limit: int | None = None):
+    def __init__(
+        self,
+        reader: Any,
+        class_names: Sequence[str],
+        data: str,
+        limit: int | None = None,
+        whole: bool = False,
+    ):
         # a timm reader, giving (binary file, label), or a sequence of (PIL image, label)
         self._reader = reader
         self.data = data
+        self.whole = whole
         self.class_names = list(class_names)
         self.num_classes = len(self.class_names)
         count = len(reader)
@@ -118,8 +133,8 @@ def open_images(data: str | Path, split: str = "validation", *, limit: int | Non
         raise ValueError(f"data is empty; give {_SOURCES}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}; None takes all images")
-    reader, class_names = _open(data, split)
-    return ImageSet(reader, class_names, data, limit)
+    opened = _open(data, split)
+    return ImageSet(opened.reader, opened.class_names, data, limit, opened.whole)
 
 
 def _open(data: str, split: str) -> _Opened:
@@ -132,7 +147,7 @@ def _open(data: str, split: str) -> _Opened:
     if path.is_dir():
         return _open_folder(data, path, split)
     if path.suffix == ".tar" and path.is_file():
-        return _open_tars(data, split, path, whole=True)
+        return _open_tars(data, split, path, whole=True)._replace(whole=True)
     if path.exists():
         raise ValueError(f"data={data!r} is neither a folder nor a .tar file; give {_SOURCES}")
     name = data.removeprefix("hfds/")
@@ -159,7 +174,7 @@ def _open_digits(split: str) -> _Opened:
         (Image.fromarray(pixels[row]).resize((32, 32), Image.Resampling.BICUBIC), int(digits.target[row]))
         for row in sorted(rows[_choose_split("digits", split, list(rows))])
     ]
-    return images, [str(name) for name in digits.target_names]
+    return _Opened(images, [str(name) for name in digits.target_names])
 
 
 def _open_cifar(data: str, split: str) -> _Opened:
@@ -174,7 +189,7 @@ def _open_cifar(data: str, split: str) -> _Opened:
     # checks the files' MD5 sums before it unpickles them
     with _explain(f"data={data!r} is incomplete or damaged", remedy):
         images = archive(root, train=train)
-    return images, images.classes
+    return _Opened(images, images.classes)
 
 
 def _open_folder(data: str, path: Path, split: str) -> _Opened:
@@ -200,7 +215,7 @@ def _open_folder(data: str, path: Path, split: str) -> _Opened:
         raise ValueError(f"data={data!r} holds images outside of its class folders; move or remove them")
     if not splits:
         _log_whole(data, split)
-    return reader, list(reader.class_to_idx)
+    return _Opened(reader, list(reader.class_to_idx), whole=not splits)
 
 
 def _open_tars(data: str, split: str, path: Path, *, whole: bool) -> _Opened:
@@ -224,14 +239,14 @@ def _open_tars(data: str, split: str, path: Path, *, whole: bool) -> _Opened:
         raise ValueError(f"data={data!r} holds images without a class; put them into class folders")
     if not whole:
         _log_whole(data, split)
-    return reader, list(reader.class_name_to_idx)
+    return _Opened(reader, list(reader.class_name_to_idx), not whole)
 
 
 def _open_files(data: str, split: str, path: Path, shards: Sequence[Path] | None = None) -> _Opened:
     """Opens a folder of Parquet files or WebDataset shards, or the `shards` that make up the split."""
     explain = functools.partial(_explain, f"data={data!r} cannot be read", "write its files anew")
     name, data_files = "webdataset", {"train": [str(shard) for shard in shards or ()]}
-    chosen = "train"
+    chosen, whole = "train", False
     if not shards:
         name = str(path)
         with explain():
@@ -239,13 +254,14 @@ def _open_files(data: str, split: str, path: Path, shards: Sequence[Path] | None
         # `datasets` calls files whose names say nothing "train"
         if set(files) == {"train"} and "train" not in Path(files["train"][0]).name:
             _log_whole(data, split)
+            whole = True
         else:
             chosen = _choose_split(data, split, [str(key) for key in files])
         # a split without its files would copy all splits into the cache
         data_files = {chosen: list(files[chosen])}
     with explain():
         table = datasets.load_dataset(name, data_files=data_files, split=chosen)
-    return _open_table(data, table)
+    return _open_table(data, table)._replace(whole=whole)
 
 
 def _open_hub(data: str, split: str, name: str) -> _Opened:
@@ -280,7 +296,7 @@ def _open_table(data: str, table: Any) -> _Opened:
             "labelled, with class names or numbers from 0"
         )
     names = class_names or [str(number) for number in range(max(labels, default=-1) + 1)]
-    return _TableReader(table, image, label), names
+    return _Opened(_TableReader(table, image, label), names)
 
 
 class _TableReader:

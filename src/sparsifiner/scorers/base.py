@@ -70,6 +70,23 @@ class Scorer(nn.Module):
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """Multiply-accumulates per image of everything that the scorer multiplies."""
 
+    def factors(self, q: Tensor, k: Tensor, layout: TokenLayout, tile: int) -> tuple[Tensor, Tensor]:
+        """Differentiable factors of the scores, `coefficients @ basis.T`, for training.
+
+        Args:
+            q: [B, H, N, d] unscaled queries, prefix included.
+            k: [B, H, N, d] keys.
+            layout: where the tokens lie.
+            tile: side of the tile of queries that share a list.
+
+        Returns:
+            Coefficients [B, H, rows, K] and basis [N, K]. Which coefficients are kept carries no gradient.
+
+        Raises:
+            TypeError: the scorer has nothing to learn.
+        """
+        raise TypeError(f"{type(self).__name__} has nothing to learn; train a low-rank scorer")
+
     def elements_per_row(self, spec: ListSpec) -> int:
         """Size of the largest tensor that one row of one head needs."""
         return spec.layout.tokens

@@ -91,21 +91,29 @@ class LowRankScorer(Scorer):
         return logits.softmax(-1)
 
     def basis(self, layout: TokenLayout) -> Tensor:
-        """Ũ, the sparse basis: [N, K], never negative."""
-        magnitude = self._resampled_up(layout).abs()
-        return torch.where(magnitude > self.basis_threshold, magnitude, 0.0)
+        """Ũ, the sparse basis: [N, K], never negative.
 
-    def dense_scores(self, q: Tensor, k: Tensor, layout: TokenLayout) -> Tensor:
-        """C W_upᵀ, signed and before both thresholds: what the released stage 1 fits, [B, H, rows, N]."""
-        return self.coefficients(q, k, layout) @ self._resampled_up(layout).mT
+        Its gradient with respect to W_up is sign(W_up) everywhere (straight through the threshold), so
+        that entries below the threshold can grow back.
+        """
+        magnitude = self._resampled_up(layout).abs()
+        return torch.where(magnitude > self.basis_threshold, magnitude, magnitude - magnitude.detach())
+
+    def factors(self, q: Tensor, k: Tensor, layout: TokenLayout, tile: int) -> tuple[Tensor, Tensor]:
+        """See `Scorer.factors`: C̃ and Ũ; with `legacy` C and the signed W_up, as the released code fits."""
+        if self.legacy:
+            return self.coefficients(q, k, layout, tile), self._resampled_up(layout)
+        largest = self._largest_coefficients(q, k, layout, tile)
+        sparse = largest.values.new_zeros(*largest.values.shape[:-1], self.up.shape[1])
+        return sparse.scatter(-1, largest.indices, largest.values), self.basis(layout)
 
     def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
-        coefficients = self.coefficients(q, k, spec.layout, spec.tile)
-        largest = coefficients.topk(min(self.coef_topk, self.up.shape[1]), -1)
-        basis = self.basis(spec.layout).to(coefficients.dtype).mT.contiguous()  # [K, N]
+        largest = self._largest_coefficients(q, k, spec.layout, spec.tile)
+        basis = self.basis(spec.layout).to(largest.values.dtype).mT.contiguous()  # [K, N]
         if self.legacy:
-            sparse = torch.zeros_like(coefficients).scatter(-1, largest.indices, largest.values)
+            zeros = largest.values.new_zeros(*largest.values.shape[:-1], self.up.shape[1])
+            sparse = zeros.scatter(-1, largest.indices, largest.values)
             return lambda start, stop: sparse[:, :, start:stop] @ basis
 
         def scores(start: int, stop: int) -> Tensor:
@@ -147,6 +155,13 @@ class LowRankScorer(Scorer):
         """Sizes and thresholds."""
         tokens, basis = self.up.shape
         return f"tokens={tokens}, basis={basis}, coef_topk={self.coef_topk}, legacy={self.legacy}"
+
+    def _largest_coefficients(
+        self, q: Tensor, k: Tensor, layout: TokenLayout, tile: int
+    ) -> torch.return_types.topk:
+        """Values and indices of the coefficients that are kept, [B, H, rows, coef_topk]."""
+        coefficients = self.coefficients(q, k, layout, tile)
+        return coefficients.topk(min(self.coef_topk, self.up.shape[1]), -1)
 
     def _resampled_down(self, layout: TokenLayout) -> Tensor:
         """W_down at another grid: a quadrature over patches, so its sum over them is kept."""

@@ -1,0 +1,99 @@
+"""The command line: options become dataclasses, a command is a function."""
+
+import dataclasses
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from sparsifiner import __version__
+from sparsifiner.cli.commands import demo, evaluate, macs, train
+
+COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "eval": evaluate, "macs": macs, "train": train}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: the command line without the program's name, `sys.argv` by default.
+
+    Returns:
+        The exit code: 0, or 2 after an error of the user's, which is printed in one line.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("sparsifiner").setLevel(logging.INFO)
+    given = sys.argv[1:] if arguments is None else arguments
+    parser = _make_parser()
+    options = parser.parse_args([_with_underscores(argument) for argument in given])
+    command = COMMANDS[options.subcommand]
+    try:
+        command(**_bind(command, parser.instantiate(options)[options.subcommand]))
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _make_parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="sparsifiner",
+        description="Vision Transformers that attend only to the token pairs that matter for this image.",
+        epilog="Options may be written with dashes or underscores.",
+    )
+    parser.add_argument("--version", action="version", version=f"sparsifiner {__version__}")
+    subcommands = parser.add_subcommands()
+    for name, function in COMMANDS.items():
+        summary = (inspect.getdoc(function) or "").partition("\n")[0]
+        command = ArgumentParser(description=summary)
+        command.add_argument("--config", action="config", help="YAML file of these options")
+        groups = _option_groups(function)
+        for group in groups.values():
+            command.add_class_arguments(group, skip=_flags(group))
+            _add_flags(command, group)
+        command.add_function_arguments(function, skip={*groups, *_flags(function)})
+        _add_flags(command, function)
+        subcommands.add_subcommand(name, command, help=summary)
+    return parser
+
+
+def _option_groups(function: Callable[..., None]) -> dict[str, Any]:
+    """Parameters that are dataclasses: their fields are options of the command."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.annotation for p in parameters if dataclasses.is_dataclass(p.annotation)}
+
+
+def _flags(source: Callable[..., Any]) -> set[str]:
+    """Parameters that are switches: given or not, without a value."""
+    return {p.name for p in inspect.signature(source).parameters.values() if p.annotation is bool}
+
+
+def _add_flags(parser: ArgumentParser, source: Callable[..., Any]) -> None:
+    documented = {line.split(":")[0].strip(): line for line in (inspect.getdoc(source) or "").splitlines()}
+    for name in sorted(_flags(source)):
+        text = documented[name].partition(":")[2].strip().rstrip(".:")
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+
+
+def _bind(command: Callable[..., None], options: Namespace) -> dict[str, Any]:
+    """Arguments of a command from its options: groups become their dataclasses."""
+    given = {key: value for key, value in vars(options).items() if key != "config"}
+    arguments: dict[str, Any] = {}
+    for name, group in _option_groups(command).items():
+        fields = [field.name for field in dataclasses.fields(group)]
+        arguments[name] = group(**{field: given.pop(field) for field in fields})
+    return {**arguments, **given}
+
+
+def _with_underscores(argument: str) -> str:
+    """`--img-size=3` as `--img_size=3`."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"

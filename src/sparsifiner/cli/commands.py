@@ -1,0 +1,259 @@
+"""The commands: each is one function, its help is the function's docstring."""
+
+import copy
+import dataclasses
+import json as json_format
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+
+from sparsifiner.cli.options import DataOptions, ModelOptions, SparsityOptions, WeightOptions
+from sparsifiner.data import ImageSet, evaluation_transform, make_loader, open_images
+from sparsifiner.demo import run_demo
+from sparsifiner.measure.accuracy import Accuracy
+from sparsifiner.measure.accuracy import evaluate as evaluate_accuracy
+from sparsifiner.measure.macs import count_macs
+from sparsifiner.models.loading import load_model
+from sparsifiner.patch import desparsify, why_not
+from sparsifiner.training import Recipe, describe_plan, rehearse
+from sparsifiner.training import train as train_model
+from sparsifiner.training.data import seed_generators
+
+
+def macs(model: ModelOptions, sparsity: SparsityOptions, *, json: bool = False) -> None:
+    """Counts multiply-accumulates per image: dense, sparse, and by the paper's accounting.
+
+    Args:
+        model: the model.
+        sparsity: how sparse.
+        json: print JSON.
+    """
+    config = sparsity.to_config()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an untrained scorer costs what a trained one costs
+        built = load_model(model.model, config=config, img_size=model.img_size, model_args=model.model_args)
+    reasons = why_not(built)
+    if reasons:
+        raise ValueError(f"model={model.model!r} cannot be counted: {'; '.join(reasons)}")
+    height, width = built.patch_embed.img_size  # type: ignore[union-attr, misc]
+    report = count_macs(built, (3, int(height), int(width))).to_dict()
+    if json:
+        print(json_format.dumps(report))
+        return
+    print(f"{model.model}, {height}x{width} px, {report['tokens']} tokens; MMACs per image")
+    print(f"{'':18}{'dense':>12}{'sparse':>12}")
+    for name in ("attention", "scorer", "total"):
+        dense = report["dense"].get(name, 0) / 1e6
+        print(f"{name:18}{dense:12.1f}{report['sparse'][name] / 1e6:12.1f}")
+    if report["paper"] is not None:
+        print(f"{'paper accounting':18}{'':12}{report['paper']['mhsa'] / 1e6:12.1f}  (attention + scorer)")
+
+
+def evaluate(
+    model: ModelOptions,
+    weights: WeightOptions,
+    sparsity: SparsityOptions,
+    *,
+    data: str = "digits",
+    split: str = "validation",
+    batch_size: int = 64,
+    workers: int = 2,
+    device: str = "auto",
+    amp: Literal["none", "bf16", "fp16"] = "none",
+    limit: int | None = None,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    crop_pct: float | None = None,
+    interpolation: str | None = None,
+    against_dense: bool = False,
+    json: bool = False,
+) -> None:
+    """Evaluates a model on labelled images: top-1, top-5, images/s; optionally beside its dense twin.
+
+    Args:
+        model: the model.
+        weights: its weights.
+        sparsity: how sparse.
+        data: "digits" (embedded), a folder of class folders, a folder of Parquet files, tar shards, or
+            the name of a data set on the hub.
+        split: part of the data to read.
+        batch_size: images per batch.
+        workers: processes that read images, 0 for none.
+        device: where to compute, such as "cuda" or "cpu"; "auto" takes a GPU if there is one.
+        amp: autocast precision.
+        limit: number of images, all by default.
+        mean: channel means for normalisation, the model's own by default.
+        std: channel standard deviations, the model's own by default.
+        crop_pct: share of the image side that the centre crop keeps, the model's own by default.
+        interpolation: resizing filter, the model's own by default.
+        against_dense: evaluate the dense twin on the same images: difference with its paired 95 %
+            interval, agreement, KL of the logits.
+        json: print JSON.
+    """
+    config = sparsity.to_config()
+    chosen = _choose_device(device)
+    images = open_images(data, split, limit=limit)
+    arguments = dict(model.model_args or {})
+    if weights.weights is None and not weights.pretrained:
+        print("no --weights and no --pretrained: the model's weights are random", file=sys.stderr)
+    if not weights.pretrained:  # a pretrained head stays as it is
+        arguments.setdefault("num_classes", images.num_classes)
+    built = load_model(
+        model.model,
+        config=config,
+        weights=weights.weights,
+        img_size=model.img_size,
+        pretrained=weights.pretrained,
+        model_args=arguments,
+    )
+    transform = evaluation_transform(
+        built, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation
+    )
+    classes = getattr(built, "num_classes", None)
+    if classes != images.num_classes:
+        raise ValueError(f"data={data!r} has {images.num_classes} classes, but the model has {classes}")
+    built.to(chosen)
+    dense = desparsify(copy.deepcopy(built)) if against_dense else None
+    accuracy = evaluate_accuracy(
+        built,
+        make_loader(images, transform, batch_size, workers=workers),
+        dense=dense,
+        device=chosen,
+        amp_dtype={"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp],
+    )
+    if json:
+        run = {"model": model.model, "data": data, "split": split, "device": str(chosen), "amp": amp}
+        sparse = None if config is None else dataclasses.asdict(config)
+        print(json_format.dumps({**run, "sparsity": sparse, **accuracy.to_dict()}))
+    else:
+        _print_accuracy(accuracy)
+
+
+def train(
+    model: ModelOptions,
+    weights: WeightOptions,
+    sparsity: SparsityOptions,
+    data: DataOptions,
+    recipe: Recipe,
+    *,
+    output: Path = Path("runs/train"),
+    teacher_weights: str | None = None,
+    device: Literal["auto", "cpu"] = "auto",
+    resume: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Trains a sparse or dense model, by default in the paper's two stages; one process or many.
+
+    Args:
+        model: the model.
+        weights: what it starts from.
+        sparsity: how sparse.
+        data: the images.
+        recipe: how to train.
+        output: folder of the run: settings, measurements, report, weights, checkpoint.
+        teacher_weights: file of weights of the dense twin that teaches, by default those the model starts
+            from.
+        device: where to compute: "auto" takes a GPU if there is one.
+        resume: continue the run in output.
+        dry_run: build everything, print the plan, take two steps per stage on random images, keep nothing.
+    """
+    config = sparsity.to_config()
+    images: ImageSet | None = None
+    validation: ImageSet | None = None
+    try:
+        images, validation = data.open()
+    except FileNotFoundError:
+        if not dry_run:
+            raise
+    arguments = dict(model.model_args or {})
+    if images is not None:
+        arguments.setdefault("num_classes", images.num_classes)
+    seed_generators(recipe.seed)
+    teacher = None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the low-rank scorer is untrained")
+        built = load_model(
+            model.model,
+            config=config,
+            weights=weights.weights,
+            img_size=model.img_size,
+            pretrained=weights.pretrained,
+            model_args=arguments,
+        )
+    if teacher_weights is not None:
+        teacher = load_model(
+            model.model, weights=teacher_weights, img_size=model.img_size, model_args=arguments
+        )
+    main_process = PartialState(cpu=device == "cpu").is_main_process
+    if main_process:
+        if weights.weights is None and not weights.pretrained:
+            print("no --weights and no --pretrained: training starts from random weights", file=sys.stderr)
+        print(describe_plan(built, recipe, images, validation))
+    if dry_run:
+        seconds = rehearse(built, recipe, teacher=teacher, device=device)
+        print(f"dry run: two steps per stage on random images took {seconds:.0f} s; nothing was kept")
+        return
+    assert images is not None
+    assert validation is not None
+    settings: dict[str, Any] = {"teacher_weights": teacher_weights, "output": str(output), "device": device}
+    for options in (model, weights, sparsity, data):
+        settings |= dataclasses.asdict(options)
+    result = train_model(
+        built,
+        images,
+        validation,
+        recipe,
+        output,
+        teacher=teacher,
+        settings=settings,
+        device=device,
+        resume=resume,
+    )
+    if main_process:
+        validations = [record for record in result.records if record["kind"] == "validation"]
+        best = max(validations, key=lambda record: max(record["top1"], record.get("top1_ema", 0)))
+        print(
+            f"best top-1 {max(best['top1'], best.get('top1_ema', 0)):.2f} % after {best['stage']} epoch "
+            f"{best['epoch']:g}; last {validations[-1]['top1']:.2f} %"
+        )
+        print(f"weights, measurements and report.html are in {result.output}")
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device={device!r} cannot be used here ({reason}); try cpu") from error
+    return chosen
+
+
+def _print_accuracy(accuracy: Accuracy) -> None:
+    print(f"images        {accuracy.images}")
+    print(f"top-1         {accuracy.top1:.2f} %")
+    print(f"top-5         {accuracy.top5:.2f} %")
+    print(f"images/s      {accuracy.images_per_second:.1f} (forward passes)")
+    against = accuracy.against_dense
+    if against is not None:
+        print(f"dense top-1   {against.dense_top1:.2f} %")
+        print(f"difference    {against.difference:+.2f} ± {against.interval:.2f} points (paired, 95 %)")
+        print(f"agreement     {against.agreement:.2f} %")
+        print(f"logit KL      {against.logit_kl:.4f} nats")
+        print(f"dense img/s   {against.dense_images_per_second:.1f}")
+
+
+def demo(output: Path = Path("runs/demo"), seed: int = 0) -> None:
+    """Trains a small ViT on handwritten digits, makes it sparse with and without training, shows the cost.
+
+    Args:
+        output: folder for report.html and the training runs; an older one is kept under another name.
+        seed: seed of the training.
+    """
+    run_demo(output, seed)

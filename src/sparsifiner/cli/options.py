@@ -1,0 +1,134 @@
+"""Options that several commands share."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sparsifiner.config import SparsifyConfig, make_config
+from sparsifiner.data import ImageSet, open_images
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model.
+
+    Attributes:
+        model: timm name of a dense model.
+        img_size: side of the input in pixels, the model's own by default.
+        model_args: more arguments for timm, as JSON: '{"num_classes": 10}'.
+    """
+
+    model: str = "deit_small_patch16_224"
+    img_size: int | None = None
+    model_args: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Rejects names of models that are sparse already: the options decide that here."""
+        if self.model.startswith("sparsifiner_"):
+            dense = self.model.removeprefix("sparsifiner_")
+            raise ValueError(f"model={self.model!r} is sparse already; give --model {dense} --preset paper")
+
+
+@dataclass(frozen=True)
+class WeightOptions:
+    """Which weights.
+
+    Attributes:
+        weights: file of weights, .safetensors or a torch checkpoint.
+        pretrained: load timm's weights from the hub.
+    """
+
+    weights: str | None = None
+    pretrained: bool = False
+
+
+@dataclass(frozen=True)
+class SparsityOptions:
+    """How sparse; what is not given comes from the preset.
+
+    Attributes:
+        preset: "fast" (training-free), "paper" (learned scorer, one key list per query) or "dense".
+        keep: share of keys per list in (0, 1], or one per layer: '[0.5, 0.1]'.
+        tile: side in patches of the square of queries that share a key list.
+        summary: side in patches of the summary windows, "auto", or "none".
+        scorer: who chooses the keys.
+        backend: "auto", "reference" or "torch".
+        min_tokens: layers that see fewer tokens stay dense.
+        scorer_seed: seed of the scorer "random".
+        legacy: the scorer exactly as released.
+    """
+
+    preset: Literal["fast", "paper", "dense"] = "fast"
+    keep: float | list[float] | None = None
+    tile: int | None = None
+    summary: int | Literal["auto", "none"] | None = None
+    scorer: Literal["lowrank", "pooled", "oracle", "window", "strided", "random"] | None = None
+    backend: str | None = None
+    min_tokens: int | None = None
+    scorer_seed: int | None = None
+    legacy: bool = False
+
+    def to_config(self) -> SparsifyConfig | None:
+        """The configuration, None for a dense model.
+
+        Raises:
+            ValueError: an option is impossible.
+        """
+        options = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name != "preset" and value is not None and value is not False
+        }
+        if self.preset == "dense":
+            if options:
+                raise ValueError(f"preset='dense' takes no sparsity options, got {', '.join(options)}")
+            return None
+        if options.get("summary") == "none":
+            options["summary"] = None
+        if "scorer_seed" in options:
+            options["seed"] = options.pop("scorer_seed")
+        return make_config(self.preset, **options)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which images.
+
+    Attributes:
+        data: "digits" (embedded), a folder of class folders, a folder of Parquet files, tar shards, or
+            the name of a data set on the hub.
+        train_split: part of the data to train on.
+        validation_split: part of the data to validate on.
+        validation_data: where to find that part, if not in `data`.
+        limit: number of training images, all by default.
+        validation_limit: number of validation images, all by default.
+    """
+
+    data: str = "digits"
+    train_split: str = "train"
+    validation_split: str = "validation"
+    validation_data: str | None = None
+    limit: int | None = None
+    validation_limit: int | None = None
+
+    def open(self) -> tuple[ImageSet, ImageSet]:
+        """Images to train on and images to validate on.
+
+        Raises:
+            FileNotFoundError: `data` is not there.
+            ValueError: `data` is unknown, or the two would be the same images.
+        """
+        images = open_images(self.data, self.train_split, limit=self.limit)
+        elsewhere = self.validation_data or self.data
+        validation = open_images(elsewhere, self.validation_split, limit=self.validation_limit)
+        if elsewhere == self.data and (images.whole or self.train_split == self.validation_split):
+            raise ValueError(
+                f"data={self.data!r} would give the same images for training and validation; put them into "
+                "folders 'train' and 'validation', or give validation_data"
+            )
+        if images.class_names != validation.class_names:
+            raise ValueError(
+                f"data={self.data!r} has {images.num_classes} classes for training and "
+                f"{validation.num_classes} for validation, or other names; give both the same classes"
+            )
+        return images, validation

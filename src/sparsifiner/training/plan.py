@@ -1,0 +1,113 @@
+"""What a run will do, said before it starts, and a rehearsal of it."""
+
+import dataclasses
+import tempfile
+import time
+
+import numpy as np
+from accelerate import PartialState
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from sparsifiner.attention import SparseAttention
+from sparsifiner.data import ImageSet
+from sparsifiner.measure.macs import count_macs
+from sparsifiner.training.data import Share
+from sparsifiner.training.loop import choose_stages, train
+from sparsifiner.training.recipe import Recipe, Stage
+from sparsifiner.training.stages import Student
+
+_STEPS = 2
+
+
+def describe_plan(
+    model: nn.Module, recipe: Recipe, images: ImageSet | None, validation: ImageSet | None
+) -> str:
+    """The plan of a run as text.
+
+    Args:
+        model: what is trained.
+        recipe: how.
+        images: to train on; None if they are not here.
+        validation: to validate on; None if they are not here.
+    """
+    assert isinstance(model, VisionTransformer)
+    processes = PartialState().num_processes
+    share = Share(0, processes, recipe.accumulate)
+    share.check(recipe.batch_size)
+    height, width = model.patch_embed.img_size
+    macs = count_macs(model, (3, int(height), int(width))).to_dict()
+    dense, sparse = macs["dense"]["attention"] / 1e6, macs["sparse"]["attention"] / 1e6
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    lines = [
+        f"model     {type(model).__name__}, {height}x{width} px, {macs['tokens']} tokens, "
+        f"{parameters:.2f} M parameters",
+        f"attention {_describe_attention(model)}: {sparse:.1f} MMACs per image (dense {dense:.1f}), "
+        f"scorer {macs['sparse'].get('scorer', 0) / 1e6:.1f}",
+        f"batch     {recipe.batch_size} images = {processes} processes x {recipe.accumulate} parts x "
+        f"{recipe.batch_size // share.parts} images, {'fp32' if recipe.amp == 'none' else recipe.amp}",
+    ]
+    if images is None or validation is None:
+        lines.append("data      is not here: the number of steps is unknown")
+    else:
+        lines.append(
+            f"data      {len(images)} images to train on, {len(validation)} to validate on, "
+            f"{images.num_classes} classes"
+        )
+    for index, stage in choose_stages(model, recipe):
+        steps = None if images is None else len(images) // recipe.batch_size
+        lines.append(f"stage {index + 1}   {_describe_stage(model, recipe, stage, steps)}")
+    return "\n".join(lines)
+
+
+def rehearse(
+    model: nn.Module, recipe: Recipe, *, teacher: nn.Module | None = None, device: str = "auto"
+) -> float:
+    """Takes two steps per stage on random images, with all that belongs to a run, in a folder that goes.
+
+    Args:
+        model: what is trained; its weights change.
+        recipe: how; epochs and batches are cut short.
+        teacher: as for `train`.
+        device: as for `train`.
+
+    Returns:
+        Seconds that it took.
+    """
+    assert isinstance(model, VisionTransformer)
+    start = time.perf_counter()
+    parts = PartialState(cpu=device == "cpu").num_processes * recipe.accumulate
+    stages = [dataclasses.replace(stage, epochs=1, warmup_epochs=0) for stage in recipe.stages]
+    short = dataclasses.replace(recipe, stages=stages, batch_size=2 * parts, workers=0)
+    height, width = model.patch_embed.img_size
+    draw = np.random.default_rng(recipe.seed)
+    rows = [
+        (Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)), row % model.num_classes)
+        for row in range(_STEPS * short.batch_size)
+    ]
+    images = ImageSet(rows, [str(label) for label in range(model.num_classes)], "random images")
+    with tempfile.TemporaryDirectory() as folder:
+        train(model, images, images, short, folder, teacher=teacher, device=device)
+    return time.perf_counter() - start
+
+
+def _describe_attention(model: nn.Module) -> str:
+    layers = [module for module in model.modules() if isinstance(module, SparseAttention)]
+    if not layers:
+        return "dense"
+    config = layers[0].config
+    summary = "no summaries" if config.summary is None else f"summaries {config.summary}"
+    return f"{config.scorer} scorer, keep {config.keep}, tile {config.tile}, {summary}"
+
+
+def _describe_stage(model: nn.Module, recipe: Recipe, stage: Stage, steps: int | None) -> str:
+    student = Student(model, stage.kind)
+    learns = sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6
+    model.requires_grad_(True)
+    losses = " + ".join(f"{getattr(recipe.loss_weights, name):g} {name}" for name in stage.kind.losses)
+    return (
+        f"{stage.name}: {stage.epochs} epochs ({stage.warmup_epochs:g} of warm-up) x "
+        f"{'?' if steps is None else steps} steps, lr {stage.peak_lr:g} -> {stage.last_lr:g}, "
+        f"trains {learns:.2f} M parameters, loss {losses}"
+    )

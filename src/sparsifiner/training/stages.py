@@ -1,0 +1,193 @@
+"""The student in one stage, what of it learns, and its teacher."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from sparsifiner.attention import SparseAttention
+from sparsifiner.ops.precision import without_autocast
+from sparsifiner.patch import desparsify
+from sparsifiner.trace import trace_projections
+from sparsifiner.training.losses import (
+    classification_loss,
+    distillation_loss,
+    reconstruction_loss,
+    token_loss,
+)
+from sparsifiner.training.recipe import LossWeights, StageKind
+
+Projections = Sequence[tuple[Tensor, Tensor]]
+
+
+class TeacherOutput(NamedTuple):
+    """What a student learns from.
+
+    Attributes:
+        tokens: [B, patches, C], the patch tokens behind the final norm.
+        logits: [B, classes].
+        projections: queries and keys of every layer, each [B, H, N, d]; empty if not asked for.
+    """
+
+    tokens: Tensor
+    logits: Tensor
+    projections: Projections
+
+
+class Teacher:
+    """The frozen dense twin.
+
+    Args:
+        model: the student before training, or a dense model with weights of its own; it is copied.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = desparsify(copy.deepcopy(model)).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, *, projections: bool) -> TeacherOutput:
+        """Looks at images [B, 3, H, W]; `projections` asks for queries and keys too."""
+        if not projections:
+            return TeacherOutput(*_forward(self.model, images), [])
+        with trace_projections(self.model) as recorded:
+            tokens, logits = _forward(self.model, images)
+        return TeacherOutput(tokens, logits, recorded)
+
+
+class Student(nn.Module):
+    """The model in one stage: what data parallelism wraps, so that every parameter that learns is used.
+
+    Args:
+        model: the model; what the stage does not train is frozen.
+        kind: the stage.
+    """
+
+    def __init__(self, model: nn.Module, kind: StageKind) -> None:
+        super().__init__()
+        self.model = model
+        self.kind = kind
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(
+                kind.trains == "everything" or is_scorer(name) == (kind.trains == "scorer")
+            )
+
+    def train(self, mode: bool = True) -> "Student":
+        """Frozen backbones compute as in evaluation, without stochastic depth."""
+        self.training = mode
+        self.model.train(mode and self.kind.trains != "scorer")
+        return self
+
+    def forward(self, images: Tensor, teacher: Projections = ()) -> dict[str, Tensor]:
+        """What the stage's losses need.
+
+        Args:
+            images: [B, 3, H, W].
+            teacher: queries and keys of the teacher's layers, where the stage reconstructs them.
+
+        Returns:
+            "reconstruct" or "self_reconstruct", scalar, where the scorer learns; "logits" and "tokens"
+            where the backbone does.
+        """
+        losses = self.kind.losses
+        if self.kind.trains == "scorer" and "reconstruct" in losses:  # the twin did the forward
+            return {"reconstruct": self._reconstruct(teacher, teacher)}
+        with trace_projections(self.model) as own:
+            tokens, logits = _forward(self.model, images)
+        outputs = {"logits": logits, "tokens": tokens}
+        if "reconstruct" in losses:
+            outputs["reconstruct"] = self._reconstruct(own, teacher)
+        if "self_reconstruct" in losses:
+            outputs["self_reconstruct"] = self._reconstruct(own, own)
+        return outputs
+
+    def _reconstruct(self, scored: Projections, target: Projections) -> Tensor:
+        """Loss of the scorers that see `scored` against the attention of `target`, mean over layers."""
+        errors = []
+        for layer, seen, wanted in zip(_sparse_layers(self.model), scored, target, strict=True):
+            layout, tile = layer.current_layout(wanted[0].shape[2]), layer.config.tile
+            with without_autocast(wanted[0].device):
+                coefficients, basis = layer.scorer.factors(*seen, layout, tile)
+                error = reconstruction_loss(
+                    coefficients, basis, *wanted, layout=layout, tile=tile, scale=layer.scale
+                )
+            errors.append(error)
+        return torch.stack(errors).mean()
+
+
+def compute_losses(
+    kind: StageKind, outputs: dict[str, Tensor], teacher: TeacherOutput | None, targets: Tensor
+) -> dict[str, Tensor]:
+    """The stage's losses, unweighted.
+
+    Args:
+        kind: the stage.
+        outputs: of `Student.forward`.
+        teacher: of the same images, None where the stage does not need it.
+        targets: soft labels [B, classes].
+    """
+    losses = {}
+    for name in kind.losses:
+        if name == "classify":
+            losses[name] = classification_loss(outputs["logits"], targets)
+        elif name == "distil":
+            assert teacher is not None
+            losses[name] = distillation_loss(outputs["logits"], teacher.logits.to(outputs["logits"].dtype))
+        elif name == "token":
+            assert teacher is not None
+            losses[name] = token_loss(outputs["tokens"], teacher.tokens.to(outputs["tokens"].dtype))
+        else:
+            losses[name] = outputs[name]
+    return losses
+
+
+def total_loss(losses: dict[str, Tensor], weights: LossWeights) -> Tensor:
+    """Weighted sum."""
+    return torch.stack([getattr(weights, name) * loss for name, loss in losses.items()]).sum()
+
+
+def needs_teacher(kind: StageKind) -> bool:
+    """Whether the stage looks at the dense twin."""
+    return any(name in kind.losses for name in ("distil", "token", "reconstruct"))
+
+
+def why_skipped(model: nn.Module, kind: StageKind) -> str | None:
+    """Why a stage has nothing to train on this model, None if it has."""
+    scorer_learns = any(is_scorer(name) for name, _ in model.named_parameters())
+    if kind.trains != "backbone" and not scorer_learns:
+        return "the scorer has no parameters"
+    return None
+
+
+def same_backbone(model: nn.Module, other: nn.Module) -> bool:
+    """Whether two models have the same weights, scorers aside."""
+    weights, others = (
+        {name: weight for name, weight in each.state_dict().items() if not is_scorer(name)}
+        for each in (model, other)
+    )
+    return weights.keys() == others.keys() and all(
+        torch.equal(weight.cpu(), others[name].cpu()) for name, weight in weights.items()
+    )
+
+
+def is_scorer(name: str) -> bool:
+    """Whether a parameter of this name belongs to a scorer."""
+    return ".scorer." in name
+
+
+def scorer_weights(model: nn.Module) -> dict[str, Tensor]:
+    """What an adapter file holds: the scorers' entries of the state dict."""
+    return {name: tensor for name, tensor in model.state_dict().items() if is_scorer(name)}
+
+
+def _forward(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Patch tokens behind the final norm [B, patches, C] and logits [B, classes]."""
+    assert isinstance(model, VisionTransformer)
+    features = model.forward_features(images)
+    return features[:, model.num_prefix_tokens :], model.forward_head(features)
+
+
+def _sparse_layers(model: nn.Module) -> list[SparseAttention]:
+    return [module for module in model.modules() if isinstance(module, SparseAttention)]
