@@ -10,7 +10,6 @@ from timm.optim import create_optimizer_v2
 
 import sparsifiner
 from sparsifiner.attention import SparseAttention
-from sparsifiner.measure import recall
 from sparsifiner.measure.recall import mask_recall
 from sparsifiner.training import LossWeights, Recipe, Stage
 from sparsifiner.training.loop import choose_stages
@@ -265,13 +264,13 @@ def test_reconstruct_lowers_its_loss_and_raises_the_recall():
     images, teacher, kind = make_images(SIZE, batch=4), Teacher(model), STAGE_KINDS["reconstruct"]
     Student(model, kind)
     optimizer = create_optimizer_v2(model, "adamw", lr=1e-2, weight_decay=0.0)
-    losses, before = [], mask_recall(model, images)
+    losses, before = [], mask_recall(model, [(images, None)])
     for _ in range(40):
         losses.append(train_step(model, kind, images, make_targets(4), teacher).item())
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < min(losses[:10])
-    assert sum(mask_recall(model, images)) > sum(before)
+    assert sum(mask_recall(model, [(images, None)])) > sum(before)
 
 
 def test_scorers_learn_at_another_image_size():
@@ -417,34 +416,3 @@ class TestChoice:
         assert not same_backbone(model, other)
         assert not same_backbone(model, make_model("deit", img_size=64))
         assert not same_backbone(model, make_model("deit", img_size=SIZE, depth=1))
-
-
-class TestRecall:
-    """The share of the dense attention that the lists keep."""
-
-    @pytest.mark.parametrize(("tile", "keep"), [(1, 0.3), (3, 0.3), (3, [0.2, 0.5])])
-    @pytest.mark.parametrize("chunk_elements", [2**24, 1, 3000])
-    def test_is_the_attention_under_the_mask(self, tile, keep, chunk_elements, monkeypatch):
-        monkeypatch.setattr(recall, "_CHUNK_ELEMENTS", chunk_elements)
-        model = make_sparse("deit distilled", tile=tile, keep=keep)
-        images = make_images(SIZE, batch=3)
-        with sparsifiner.trace(model) as traces, torch.no_grad():
-            model(images)
-        masks = [traces[layer].connectivity.to_mask() for layer in range(2)]
-        with torch.no_grad():
-            seen = Transcription(model, images, masks).qk
-        expected = []
-        for (q, k), mask in zip(seen, masks, strict=True):
-            attention = (q.double() @ k.double().mT / 4).softmax(-1)
-            expected.append((attention * mask)[:, :, 2:].sum(-1).mean().item())
-        assert mask_recall(model, images) == pytest.approx(expected, abs=1e-6)
-        assert all(0.1 < share < 0.95 for share in expected)
-
-    def test_is_one_where_layers_stay_dense(self):
-        model = make_sparse(keep=[1.0, 0.3])
-        first, second = mask_recall(model, make_images(SIZE))
-        assert first == pytest.approx(1, abs=1e-6)
-        assert second < 0.95
-
-    def test_is_empty_for_dense_models(self):
-        assert mask_recall(make_model("deit", img_size=SIZE), make_images(SIZE)) == []

@@ -17,7 +17,8 @@ from sparsifiner.demo import run_demo
 from sparsifiner.measure.accuracy import Accuracy
 from sparsifiner.measure.accuracy import evaluate as evaluate_accuracy
 from sparsifiner.measure.macs import count_macs
-from sparsifiner.models.loading import load_model
+from sparsifiner.measure.recall import mask_recall as measure_recall
+from sparsifiner.models.loading import load_model, load_weights
 from sparsifiner.patch import desparsify, why_not
 from sparsifiner.training import Recipe, describe_plan, rehearse
 from sparsifiner.training import train as train_model
@@ -70,6 +71,8 @@ def evaluate(
     crop_pct: float | None = None,
     interpolation: str | None = None,
     against_dense: bool = False,
+    dense_weights: str | None = None,
+    mask_recall: bool = False,
     json: bool = False,
 ) -> None:
     """Evaluates a model on labelled images: top-1, top-5, images/s; optionally beside its dense twin.
@@ -92,6 +95,8 @@ def evaluate(
         interpolation: resizing filter, the model's own by default.
         against_dense: evaluate the dense twin on the same images: difference with its paired 95 %
             interval, agreement, KL of the logits.
+        dense_weights: file of weights of that twin, by default the model's own.
+        mask_recall: measure how much of each layer's dense attention its key lists keep.
         json: print JSON.
     """
     config = sparsity.to_config()
@@ -106,6 +111,7 @@ def evaluate(
         model.model,
         config=config,
         weights=weights.weights,
+        adapter=weights.adapter,
         img_size=model.img_size,
         pretrained=weights.pretrained,
         model_args=arguments,
@@ -117,20 +123,27 @@ def evaluate(
     if classes != images.num_classes:
         raise ValueError(f"data={data!r} has {images.num_classes} classes, but the model has {classes}")
     built.to(chosen)
-    dense = desparsify(copy.deepcopy(built)) if against_dense else None
+    dense = desparsify(copy.deepcopy(built)) if against_dense or dense_weights else None
+    if dense is not None and dense_weights is not None:
+        load_weights(dense, dense_weights)
+    batches = make_loader(images, transform, batch_size, workers=workers)
     accuracy = evaluate_accuracy(
         built,
-        make_loader(images, transform, batch_size, workers=workers),
+        batches,
         dense=dense,
         device=chosen,
         amp_dtype={"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp],
     )
+    recall = measure_recall(built, batches, device=chosen) if mask_recall else None
     if json:
         run = {"model": model.model, "data": data, "split": split, "device": str(chosen), "amp": amp}
         sparse = None if config is None else dataclasses.asdict(config)
-        print(json_format.dumps({**run, "sparsity": sparse, **accuracy.to_dict()}))
+        print(json_format.dumps({**run, "sparsity": sparse, **accuracy.to_dict(), "mask_recall": recall}))
     else:
         _print_accuracy(accuracy)
+        if recall:
+            layers = " ".join(f"{share:.3f}" for share in recall)
+            print(f"mask recall   {sum(recall) / len(recall):.3f} (layers: {layers})")
 
 
 def train(
@@ -180,6 +193,7 @@ def train(
             model.model,
             config=config,
             weights=weights.weights,
+            adapter=weights.adapter,
             img_size=model.img_size,
             pretrained=weights.pretrained,
             model_args=arguments,

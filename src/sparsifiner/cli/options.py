@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from sparsifiner.config import SparsifyConfig, make_config
@@ -35,10 +36,12 @@ class WeightOptions:
 
     Attributes:
         weights: file of weights, .safetensors or a torch checkpoint.
+        adapter: file of the scorers' weights alone, as training writes it.
         pretrained: load timm's weights from the hub.
     """
 
     weights: str | None = None
+    adapter: str | None = None
     pretrained: bool = False
 
 
@@ -121,7 +124,8 @@ class DataOptions:
         images = open_images(self.data, self.train_split, limit=self.limit)
         elsewhere = self.validation_data or self.data
         validation = open_images(elsewhere, self.validation_split, limit=self.validation_limit)
-        if elsewhere == self.data and (images.whole or self.train_split == self.validation_split):
+        same_place = Path(elsewhere).resolve() == Path(self.data).resolve()
+        if same_place and (images.whole or self.train_split == self.validation_split):
             raise ValueError(
                 f"data={self.data!r} would give the same images for training and validation; put them into "
                 "folders 'train' and 'validation', or give validation_data"

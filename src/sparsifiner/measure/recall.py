@@ -1,5 +1,7 @@
 """Mask recall: how much of the dense attention the key lists keep."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,28 +14,39 @@ _CHUNK_ELEMENTS = 2**24
 
 
 @torch.no_grad()
-def mask_recall(model: nn.Module, images: Tensor) -> list[float]:
+def mask_recall(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], *, device: torch.device | str = "cpu"
+) -> list[float]:
     """Share of each layer's dense attention mass that lies on its listed keys, mean over patch queries.
 
     Dense attention is the softmax over all of the layer's own queries and keys. Summary keys do not
     count: 1 means that the lists alone hold everything.
 
     Args:
-        model: a sparse model in evaluation mode; a dense one gives [].
-        images: [B, 3, H, W].
+        model: a sparse model in evaluation mode, on `device`; a dense one gives [].
+        batches: pairs of images [B, 3, H, W] and labels, which are not used.
+        device: where to compute.
 
     Returns:
         One number in [0, 1] per layer; 1 where the layer stays dense.
+
+    Raises:
+        ValueError: there is no image.
     """
     layers = [module for module in model.modules() if isinstance(module, SparseAttention)]
     if not layers:
         return []
-    with trace(model) as traces, trace_projections(model) as projections:
-        model(images)
-    return [
-        kept_attention(*projections[index], traces[index].connectivity, layer.scale)
-        for index, layer in enumerate(layers)
-    ]
+    kept, seen = [0.0] * len(layers), 0
+    for images, _ in batches:
+        with trace(model) as traces, trace_projections(model) as projections:
+            model(images.to(device, non_blocking=True))
+        for index, layer in enumerate(layers):
+            share = kept_attention(*projections[index], traces[index].connectivity, layer.scale)
+            kept[index] += len(images) * share
+        seen += len(images)
+    if not seen:
+        raise ValueError("batches: there is no image to measure mask recall on")
+    return [total / seen for total in kept]
 
 
 def kept_attention(q: Tensor, k: Tensor, connectivity: Connectivity, scale: float) -> float:

@@ -23,6 +23,7 @@ def load_model(
     *,
     config: SparsifyConfig | None = None,
     weights: str | Path | None = None,
+    adapter: str | Path | None = None,
     img_size: int | None = None,
     pretrained: bool = False,
     model_args: dict[str, Any] | None = None,
@@ -34,6 +35,7 @@ def load_model(
         config: how to make it sparse; None leaves it as timm made it.
         weights: file of weights, `.safetensors` or a torch checkpoint; those of the dense model fit
             the sparse one.
+        adapter: file of the scorers' weights alone, as training writes it.
         img_size: side of the input in pixels; the model's own by default.
         pretrained: load timm's weights from the hub.
         model_args: more arguments for timm, such as `{"num_classes": 10}`.
@@ -42,8 +44,8 @@ def load_model(
         The model.
 
     Raises:
-        FileNotFoundError: there is no file `weights`.
-        ValueError: the name, an argument, the image size or the weights do not fit.
+        FileNotFoundError: there is no file `weights` or `adapter`.
+        ValueError: the name, an argument, the image size, the weights or the adapter do not fit.
     """
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -53,6 +55,7 @@ def load_model(
     if img_size is not None:
         arguments["img_size"] = img_size
     state = None if weights is None else read_weights(weights)
+    scorers = None if adapter is None else _read_adapter(adapter, config)
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
     except (TypeError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
@@ -61,12 +64,25 @@ def load_model(
     _check_image_size(model, name)
     if config is not None:
         with warnings.catch_warnings():
-            if state is not None and _holds_scorer(state):
+            if scorers is not None or (state is not None and _holds_scorer(state)):
                 warnings.filterwarnings("ignore", "the low-rank scorer is untrained")
             sparsify(model, config)
     if state is not None:
-        _load_checked(model, state, weights)
+        _load_checked(model, state, f"weights={str(weights)!r}")
+    if scorers is not None:
+        backbone = {key: value for key, value in model.state_dict().items() if key not in scorers}
+        _load_checked(model, {**backbone, **scorers}, f"adapter={str(adapter)!r}")
     return model.eval()
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads a file of weights into a model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read or does not fit.
+    """
+    _load_checked(model, read_weights(path), f"weights={str(path)!r}")
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -97,7 +113,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in content.items()}
 
 
-def _load_checked(model: nn.Module, state: dict[str, Tensor], path: str | Path | None) -> None:
+def _read_adapter(path: str | Path, config: SparsifyConfig | None) -> dict[str, Tensor]:
+    scorers = read_weights(path)
+    if config is None or config.scorer != "lowrank":
+        chosen = "preset='dense'" if config is None else f"scorer={config.scorer!r}"
+        raise ValueError(f"adapter={str(path)!r} holds low-rank scorers, but {chosen}; use preset='paper'")
+    strange = [key for key in scorers if ".scorer." not in key]
+    if strange:
+        raise ValueError(
+            f"adapter={str(path)!r} holds more than scorers ({_shorten(strange)}); load it as weights"
+        )
+    return scorers
+
+
+def _load_checked(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     own = model.state_dict()
     wrong_shape = [
         f"{key} is {list(value.shape)} in the file and {list(own[key].shape)} in the model"
@@ -106,20 +135,20 @@ def _load_checked(model: nn.Module, state: dict[str, Tensor], path: str | Path |
     ]
     if wrong_shape:
         raise ValueError(
-            f"weights={str(path)!r} do not fit the model: {_shorten(wrong_shape)}; "
-            "set --model-args and --img-size to those that they were trained with"
+            f"{source} does not fit the model: {_shorten(wrong_shape)}; "
+            "set --model-args and --img-size to those that it was made with"
         )
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # shapes under the names of released checkpoints
         lines = str(error).splitlines()[1:]
-        raise ValueError(f"weights={str(path)!r} do not fit the model: {_shorten(lines)}") from error
+        raise ValueError(f"{source} does not fit the model: {_shorten(lines)}") from error
     if not _holds_scorer(state):  # dense weights have no scorer: that is what training adds
         missing = [key for key in missing if ".scorer." not in key]
     if missing or unexpected:
         problems = [f"{key} is missing from the file" for key in missing]
         problems += [f"{key} is unknown to the model" for key in unexpected]
-        raise ValueError(f"weights={str(path)!r} do not fit the model: {_shorten(problems)}")
+        raise ValueError(f"{source} does not fit the model: {_shorten(problems)}")
 
 
 def _holds_scorer(state: dict[str, Tensor]) -> bool:

@@ -1,5 +1,6 @@
 """The training loop: stages -> epochs -> steps, on one process or many."""
 
+import itertools
 import logging
 import math
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -131,6 +133,7 @@ def train(
         ValueError: recipe, images, model and number of processes do not fit, or the run in `output` has
             other settings.
     """
+    AcceleratorState._reset_state()  # a run before this one may have had another precision
     accelerator = Accelerator(
         cpu=device == "cpu",
         mixed_precision="no" if recipe.amp == "none" else recipe.amp,
@@ -380,9 +383,9 @@ class _Trainer:
 
     def _recall(self) -> dict[str, float]:
         """Mask recall over layers and the first validation batch of every process; {} for dense models."""
-        images, _ = next(iter(self.validation))
+        first = itertools.islice(self.validation, 1)
         with self.accelerator.autocast():
-            recall = mask_recall(self.model, images.to(self.accelerator.device))
+            recall = mask_recall(self.model, first, device=self.accelerator.device)
         if not recall:
             return {}
         mean = torch.tensor(sum(recall) / len(recall), device=self.accelerator.device)
