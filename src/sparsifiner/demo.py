@@ -87,8 +87,9 @@ def run_demo(output: Path, seed: int = 0) -> list[DemoRow]:
     Returns:
         The rows of the table.
     """
+    output = output.resolve()
     _keep_older(output)
-    output.mkdir(parents=True)  # fails before the work, not after it
+    output.mkdir(parents=True, exist_ok=True)  # fails before the work, not after it
     images, validation = open_images("digits", "train"), open_images("digits", "validation")
     torch.manual_seed(seed)
     model = _make_digits_model()
@@ -242,8 +243,14 @@ def write_report(
 
 
 def _keep_older(output: Path) -> None:
-    """Renames the folder of an earlier demo by its time."""
-    if output.exists():
+    """Renames the folder of an earlier demo by its time.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+    """
+    if output.exists() and any(output.iterdir()):
+        if not (output / "report.html").exists():
+            raise FileExistsError(f"output={str(output)!r} holds no earlier demo; give another folder")
         written = time.strftime("%Y%m%d-%H%M%S", time.localtime(output.stat().st_mtime))
         output.rename(output.with_name(f"{output.name}-{written}"))
 

@@ -17,7 +17,8 @@ from sparsifiner.training.recipe import recipe_settings
 
 CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SMALL = {"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
-MODEL = ["--model", "deit_tiny_patch16_224", "--img-size", "32", "--model-args", json.dumps(SMALL)]
+NET = ["--model", "deit_tiny_patch16_224", "--img-size", "32", "--model-args", json.dumps(SMALL)]
+MODEL = ["--data", "digits", *NET]
 QUICK = ["--limit", "16", "--validation-limit", "8", "--batch-size", "8", "--workers", "0", "--device", "cpu"]
 STAGES = "[{name: reconstruct, epochs: 1}, {name: distil, epochs: 1}]"
 
@@ -132,7 +133,7 @@ def test_scorers_that_learn_nothing_skip_the_reconstruct_stage(capsys, tmp_path,
 def test_a_dry_run_keeps_nothing_and_needs_no_data(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, _ = run(
-        capsys, "train", *MODEL, "--data", "/nowhere/imagenet", "--preset", "paper", "--dry-run",
+        capsys, "train", *NET, "--data", "/nowhere/imagenet", "--preset", "paper", "--dry-run",
         "--stages", STAGES, "--amp", "bf16", "--device", "cpu",
     )  # fmt: skip
     assert code == 0

@@ -15,7 +15,17 @@ SOURCES = pathlib.Path(__file__).parents[2] / "src"
 MODEL = '{"patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}'
 STAGES = "[{name: reconstruct, epochs: 1, lr: 3e-3}, {name: joint, epochs: 1, lr: 1e-3}]"
 OPTIONS = [
-    *("train", "--model", "deit_tiny_patch16_224", "--img-size", "32", "--model-args", MODEL),
+    *(
+        "train",
+        "--data",
+        "digits",
+        "--model",
+        "deit_tiny_patch16_224",
+        "--img-size",
+        "32",
+        "--model-args",
+        MODEL,
+    ),
     *("--preset", "paper", "--keep", "0.5", "--stages", STAGES, "--limit", "48", "--validation-limit", "21"),
     *("--batch-size", "8", "--ema-decay", "0.9", "--clip-grad", "1.0", "--log-every", "2", "--workers", "0"),
     *("--device", "cpu"),

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 
 import pytest
@@ -169,11 +170,55 @@ def test_the_folder_holds_what_it_promises(undisturbed):
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="not finite any more; lower lr"):
         run(tmp_path, stages=[Stage("distil", 1, lr=1e30, min_lr=1e29)], clip_grad=None, ema_decay=None)
-    assert (
-        not list((tmp_path / "checkpoints").glob("[0-9]*"))
-        or torch.isfinite(
-            load_file(next((tmp_path / "checkpoints").glob("[0-9]*")) / "model.safetensors")[
-                "model.cls_token"
-            ]
-        ).all()
-    )
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml"}
+    # nothing was reached, so the same folder takes the mended recipe
+    run(tmp_path, stages=[Stage("distil", 1)], ema_decay=None)
+    assert (tmp_path / "last.safetensors").exists()
+
+
+def test_files_of_others_are_left_alone(tmp_path):
+    (tmp_path / "best.safetensors").write_text("someone's")
+    with pytest.raises(FileExistsError, match=r"best\.safetensors"):
+        run(tmp_path)
+    with pytest.raises(ValueError, match="but no config"):
+        run(tmp_path, resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["best.safetensors"]
+    assert (tmp_path / "best.safetensors").read_text() == "someone's"
+
+
+def test_another_teacher_cannot_take_over(undisturbed, tmp_path):
+    shutil.copytree(undisturbed, tmp_path / "copy")
+    images, validation = open_images("digits", "train", limit=320), open_images("digits", limit=40)
+    model = small_model()
+    with torch.no_grad():
+        model.head.bias.add_(1)
+    with pytest.raises(ValueError, match="teacher's weights are not those that the run began with"):
+        train(
+            model, images, validation, recipe(), tmp_path / "copy", resume=True, device="cpu", progress=False
+        )
+
+
+def test_what_was_frozen_stays_frozen(tmp_path):
+    model = small_model()
+    model.patch_embed.requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images, validation = open_images("digits", "train", limit=16), open_images("digits", limit=8)
+    one = recipe(stages=[Stage("distil", 1, lr=1e-3)])
+    train(model, images, validation, one, tmp_path, device="cpu", progress=False)
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert not [name for name in changed if "patch_embed" in name or ".scorer." in name]
+    assert "blocks.0.attn.qkv.weight" in changed
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"patch_embed.proj.weight", "patch_embed.proj.bias"}
+
+
+def test_every_step_and_part_draws_anew(tmp_path, monkeypatch):
+    mixed, dropped = [], []
+    monkeypatch.setattr(loop, "seed_generators", lambda *parts: mixed.append(parts))
+    monkeypatch.setattr(loop, "derive_seed", lambda *parts: dropped.append(parts) or len(dropped))
+    images, validation = open_images("digits", "train", limit=32), open_images("digits", limit=8)
+    two = recipe(stages=[Stage("distil", 1), Stage("classify", 1)], accumulate=2)
+    train(small_model(), images, validation, two, tmp_path, device="cpu", progress=False)
+    assert len(mixed) == len(dropped) == 2 * 4 * 2
+    assert len(set(mixed)) == 2 * 4  # the parts of a batch are mixed alike
+    assert len(set(dropped)) == 2 * 4 * 2

@@ -416,3 +416,14 @@ class TestChoice:
         assert not same_backbone(model, other)
         assert not same_backbone(model, make_model("deit", img_size=64))
         assert not same_backbone(model, make_model("deit", img_size=SIZE, depth=1))
+
+
+def test_tokens_of_average_pooling_models_are_those_behind_their_final_norm():
+    model = make_model("deit", global_pool="avg")
+    images = make_images(224)
+    taught = Teacher(model)(images, projections=False)
+    with torch.no_grad():
+        features = model.forward_features(images)[:, model.num_prefix_tokens :]
+        assert torch.equal(taught.tokens, model.fc_norm(features))
+        assert not torch.allclose(taught.tokens, features)
+        assert torch.equal(taught.logits, model(images))

@@ -23,6 +23,7 @@ from sparsifiner.patch import desparsify, why_not
 from sparsifiner.training import Recipe, describe_plan, rehearse
 from sparsifiner.training import train as train_model
 from sparsifiner.training.data import seed_generators
+from sparsifiner.training.stages import needs_teacher
 
 
 def macs(model: ModelOptions, sparsity: SparsityOptions, *, json: bool = False) -> None:
@@ -202,14 +203,19 @@ def train(
         teacher = load_model(
             model.model, weights=teacher_weights, img_size=model.img_size, model_args=arguments
         )
-    main_process = PartialState(cpu=device == "cpu").is_main_process
-    if main_process:
-        if weights.weights is None and not weights.pretrained:
-            print("no --weights and no --pretrained: training starts from random weights", file=sys.stderr)
-        print(describe_plan(built, recipe, images, validation))
+    processes = PartialState(cpu=device == "cpu")
+    plan = describe_plan(built, recipe, images, validation, processes.num_processes)
+    if processes.is_main_process:
+        random_start = _random_start(weights, built)
+        if random_start is not None:
+            taught = any(needs_teacher(stage.kind) for stage in recipe.stages) and teacher is None
+            note = ", and so does its teacher; train it with the stage classify first" if taught else ""
+            print(f"{random_start}: training starts from random weights{note}", file=sys.stderr)
+        print(plan)
     if dry_run:
         seconds = rehearse(built, recipe, teacher=teacher, device=device)
-        print(f"dry run: two steps per stage on random images took {seconds:.0f} s; nothing was kept")
+        if processes.is_main_process:
+            print(f"dry run: two steps per stage on random images took {seconds:.0f} s; nothing was kept")
         return
     assert images is not None
     assert validation is not None
@@ -227,7 +233,7 @@ def train(
         device=device,
         resume=resume,
     )
-    if main_process:
+    if processes.is_main_process:
         validations = [record for record in result.records if record["kind"] == "validation"]
         best = max(validations, key=lambda record: max(record["top1"], record.get("top1_ema", 0)))
         print(
@@ -235,6 +241,17 @@ def train(
             f"{best['epoch']:g}; last {validations[-1]['top1']:.2f} %"
         )
         print(f"weights, measurements and report.html are in {result.output}")
+
+
+def _random_start(weights: WeightOptions, model: torch.nn.Module) -> str | None:
+    """Why some weights are random before training, None if none is."""
+    if weights.weights is not None:
+        return None
+    if not weights.pretrained:
+        return "no --weights and no --pretrained"
+    expected = getattr(model, "pretrained_cfg", {}).get("num_classes")
+    actual = getattr(model, "num_classes", None)
+    return None if expected == actual else f"the pretrained head has {expected} classes and not {actual}"
 
 
 def _choose_device(device: str) -> torch.device:

@@ -107,7 +107,7 @@ class DataOptions:
         validation_limit: number of validation images, all by default.
     """
 
-    data: str = "digits"
+    data: str
     train_split: str = "train"
     validation_split: str = "validation"
     validation_data: str | None = None

@@ -66,8 +66,8 @@ def kept_attention(q: Tensor, k: Tensor, connectivity: Connectivity, scale: floa
     kept = torch.zeros((), dtype=torch.float64, device=q.device)
     for start in range(0, len(members), chunk):
         tokens = members[start : start + chunk]
-        query = q[:, :, tokens.clamp(min=0)].float()  # [B, H, r, m, d]
-        attention = (query @ k.float().mT.unsqueeze(2) * scale).softmax(-1)
+        query = q[:, :, tokens.clamp(min=0).flatten()].float()  # [B, H, r * m, d]
+        attention = (query @ k.float().mT * scale).softmax(-1).view(B, H, *tokens.shape, N)
         listed = slots[:, :, start : start + chunk, None].expand(-1, -1, -1, tokens.shape[1], -1)
         filled = connectivity.indices[:, :, start : start + chunk, None] >= 0
         mass = torch.where(filled, attention.gather(-1, listed), 0.0).sum(-1)

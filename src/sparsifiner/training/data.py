@@ -15,6 +15,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sparsifiner.training.recipe import Recipe
 
+# what a seed is for
+ORDER, AUGMENT, MIX, DROP = range(4)
+
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -95,7 +98,7 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
         for step in range(self.first_step, self.steps):
             epoch, batch = divmod(step, self.steps_per_epoch)
             if batch == 0 or step == self.first_step:
-                generator = torch.Generator().manual_seed(derive_seed(*self.seed, epoch))
+                generator = torch.Generator().manual_seed(derive_seed(*self.seed, ORDER, epoch))
                 order = torch.randperm(self.images, generator=generator).tolist()
             members = order[batch * self.batch_size : (batch + 1) * self.batch_size]
             mirrored = members[::-1]
@@ -124,7 +127,7 @@ class AugmentedImages(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = item
         image, label = self.images[index]
-        seed_generators(*self.seed, epoch, index)
+        seed_generators(*self.seed, AUGMENT, epoch, index)
         return self.transform(image), label
 
 
@@ -164,22 +167,32 @@ def training_transform(model: nn.Module, recipe: Recipe) -> Transform:
     Args:
         model: a timm model; its `pretrained_cfg` fills in what the recipe leaves open.
         recipe: the augmentation.
+
+    Raises:
+        ValueError: timm does not know the policy or the filter.
     """
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     overrides = {"mean": recipe.mean, "std": recipe.std, "interpolation": recipe.interpolation}
     config = resolve_data_config(overrides | {"input_size": size and (3, *size)}, model=model)
-    transform = create_transform(
-        config["input_size"],
-        is_training=True,
-        scale=recipe.crop_scale,
-        hflip=recipe.hflip,
-        color_jitter=recipe.color_jitter,
-        auto_augment=recipe.auto_augment,
-        interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
-        re_prob=recipe.erasing,
-    )
+    try:
+        transform = create_transform(
+            config["input_size"],
+            is_training=True,
+            scale=recipe.crop_scale,
+            hflip=recipe.hflip,
+            color_jitter=recipe.color_jitter,
+            auto_augment=recipe.auto_augment,
+            interpolation=config["interpolation"],
+            mean=config["mean"],
+            std=config["std"],
+            re_prob=recipe.erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, LookupError) as error:
+        raise ValueError(
+            f"auto_augment={recipe.auto_augment!r} is no policy of timm, or interpolation="
+            f"{recipe.interpolation!r} no filter; the paper takes rand-m9-mstd0.5-inc1 and bicubic"
+        ) from error
     return cast("Transform", transform)
 
 

@@ -1,6 +1,5 @@
 """The training loop: stages -> epochs -> steps, on one process or many."""
 
-import itertools
 import logging
 import math
 import time
@@ -12,16 +11,17 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, broadcast, broadcast_object_list
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from sparsifiner.data import ImageSet, evaluation_transform, make_loader
-from sparsifiner.measure.recall import mask_recall
+from sparsifiner.data import ImageSet
 from sparsifiner.training.data import (
+    DROP,
+    MIX,
     BatchSampler,
     Mixer,
     Share,
@@ -40,8 +40,10 @@ from sparsifiner.training.stages import (
     same_backbone,
     scorer_weights,
     total_loss,
+    weights_digest,
     why_skipped,
 )
+from sparsifiner.training.validation import Validation
 from sparsifiner.viz.training_report import write_training_report
 
 _logger = logging.getLogger(__name__)
@@ -70,6 +72,7 @@ class Progress:
         sums: sums of the losses since the last log line.
         summed: number of their steps.
         ema: moving average of the weights.
+        teacher: digest of the teacher's weights, which a checkpoint does not hold.
     """
 
     steps_before: int = 0
@@ -77,6 +80,7 @@ class Progress:
     sums: dict[str, Tensor] = field(default_factory=dict)
     summed: int = 0
     ema: ModelEmaV3 | None = None
+    teacher: str = ""
 
     def state_dict(self) -> dict[str, Any]:
         """As Accelerate saves it."""
@@ -84,7 +88,16 @@ class Progress:
         return {**vars(self), "ema": ema}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As Accelerate loads it."""
+        """As Accelerate loads it.
+
+        Raises:
+            ValueError: the run has another teacher now.
+        """
+        if state["teacher"] != self.teacher:
+            raise ValueError(
+                "the teacher's weights are not those that the run began with; give the same weights, or "
+                "another --output"
+            )
         self.steps_before, self.best, self.summed = state["steps_before"], state["best"], state["summed"]
         self.sums = dict(state["sums"])
         if self.ema is not None:
@@ -139,6 +152,7 @@ def train(
         mixed_precision="no" if recipe.amp == "none" else recipe.amp,
         gradient_accumulation_steps=recipe.accumulate,
     )
+    _check_launch(accelerator, recipe)
     share = Share(accelerator.process_index, accelerator.num_processes, recipe.accumulate)
     share.check(recipe.batch_size)
     if len(images) < recipe.batch_size:
@@ -146,31 +160,35 @@ def train(
             f"batch_size={recipe.batch_size} exceeds the {len(images)} training images; lower batch_size"
         )
     stages = choose_stages(model, recipe, teacher)
-    run = RunFolder(
-        Path(output),
-        {**(settings or {}), **recipe_settings(recipe)},
-        resume=resume,
-        writes=accelerator.is_main_process,
-    )
-    accelerator.wait_for_everyone()
+    run = _begin(accelerator, Path(output), {**(settings or {}), **recipe_settings(recipe)}, resume=resume)
     model.to(accelerator.device)
+    _share_weights(model)
+    twin = None
+    if any(needs_teacher(stage.kind) for _, stage in stages):
+        twin = Teacher(model if teacher is None else teacher)
+        twin.model.to(accelerator.device)
+        _share_weights(twin.model)
     trainer = _Trainer(
         accelerator=accelerator,
         run=run,
         recipe=recipe,
         share=share,
         model=model,
-        teacher=Teacher(model if teacher is None else teacher),
+        teacher=twin,
         images=images,
-        validation=_validation_loader(model, validation, recipe, share),
+        validation=Validation(accelerator, model, validation, recipe, share),
         mixer=Mixer(recipe, images.num_classes),
         progress=progress and accelerator.is_main_process,
     )
-    trainer.teacher.model.to(accelerator.device)
-    for index, stage in stages:
-        trainer.run_stage(index, stage)
-    run.close()
-    model.eval()
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        for index, stage in stages:
+            trainer.run_stage(index, stage)
+    finally:
+        run.close()
+        model.eval()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trainable)
     return TrainingResult(run.path, run.records())
 
 
@@ -227,15 +245,20 @@ class _Trainer:
     recipe: Recipe
     share: Share
     model: nn.Module
-    teacher: Teacher
+    teacher: Teacher | None
     images: ImageSet
-    validation: DataLoader[Any]
+    validation: Validation
     mixer: Mixer
     progress: bool
     state: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
         """Tells Accelerate what a checkpoint holds."""
+        self.frozen = {
+            name for name, parameter in self.model.named_parameters() if not parameter.requires_grad
+        }
+        if self.teacher is not None:
+            self.state.teacher = weights_digest(self.teacher.model)
         self.accelerator.register_for_checkpointing(self.state)
         _name_weights_alike(self.accelerator)
 
@@ -249,7 +272,7 @@ class _Trainer:
         sampler = BatchSampler(
             len(self.images), recipe.batch_size, stage.epochs, self.share, (recipe.seed, index), first_step
         )
-        student = Student(self.model, stage.kind)
+        student = Student(self.model, stage.kind, self.frozen)
         optimizer = create_optimizer_v2(
             self.model, "adamw", lr=stage.peak_lr, weight_decay=recipe.weight_decay
         )
@@ -276,7 +299,7 @@ class _Trainer:
         speed = _Speed()
         for step in bar:
             schedule.step_update(step)
-            self._train_step(stage, student, optimizer, batches, seed=(recipe.seed, index, step))
+            self._train_step(stage, student, optimizer, batches, (recipe.seed, index), step)
             speed.count(recipe.batch_size)
             done = step + 1
             at = Position(index, done)
@@ -297,7 +320,6 @@ class _Trainer:
                 self._save_checkpoint(at)
                 speed.restart()
         self.state.steps_before += sampler.steps
-        self.model.requires_grad_(True)
         student, optimizer = accelerator.free_memory(student, optimizer)
 
     def _train_step(
@@ -306,7 +328,8 @@ class _Trainer:
         student: nn.Module,
         optimizer: torch.optim.Optimizer,
         batches: Iterator[tuple[Tensor, Tensor]],
-        seed: tuple[int, ...],
+        seed: tuple[int, int],
+        step: int,
     ) -> None:
         """One optimizer step over this process's share of a batch."""
         accelerator, recipe, kind = self.accelerator, self.recipe, stage.kind
@@ -314,11 +337,12 @@ class _Trainer:
             images, labels = next(batches)
             images = images.to(accelerator.device, non_blocking=True)
             labels = labels.to(accelerator.device, non_blocking=True)
-            seed_generators(*seed)  # every part of a batch is mixed alike
+            # every part of a batch is mixed alike, but drops paths of its own
+            seed_generators(*seed, MIX, step)
             images, targets = self.mixer(images, labels)
-            torch.manual_seed(derive_seed(*seed, self.share.rank, part))  # but drops its own paths
+            torch.manual_seed(derive_seed(*seed, DROP, step, self.share.rank, part))
             taught = None
-            if needs_teacher(kind):
+            if self.teacher is not None and needs_teacher(kind):
                 with accelerator.autocast():
                     taught = self.teacher(images, projections="reconstruct" in kind.losses)
             with accelerator.accumulate(student):
@@ -335,8 +359,7 @@ class _Trainer:
                 self.state.sums[name] = self.state.sums.get(name, 0) + mean
         self.state.summed += 1
         if self.state.ema is not None:
-            step = seed[-1] + 1 if recipe.ema_warmup else None
-            self.state.ema.update(self.model, step=step)
+            self.state.ema.update(self.model, step=step + 1 if recipe.ema_warmup else None)
 
     def _mean_losses(self) -> dict[str, float]:
         """Mean losses since the last log line, over all processes."""
@@ -353,11 +376,13 @@ class _Trainer:
             candidates["top1_ema"] = self.state.ema.module
         record = {"kind": "validation", **where}
         for name, model in candidates.items():
-            record[name] = self._top1(model.eval())
+            record[name] = self.validation.top1(model.eval())
             if record[name] > self.state.best:
                 self.state.best = record[name]
                 self.run.save_weights("best", model.state_dict())
-        record |= self._recall()
+        recall = self.validation.recall(self.model)
+        if recall is not None:
+            record["mask_recall"] = recall
         record["seconds"] = time.perf_counter() - start
         self._log(record)
         self.run.save_weights("last", self.model.state_dict())
@@ -367,29 +392,6 @@ class _Trainer:
             self.run.save_weights("adapter", scorer_weights(self.model))
         if self.run.writes:
             write_training_report(self.run.path / "report.html", self.run.records())
-
-    @torch.no_grad()
-    def _top1(self, model: nn.Module) -> float:
-        """Percent of all validation images, over all processes."""
-        device = self.accelerator.device
-        counts = torch.zeros(2, dtype=torch.int64, device=device)
-        for images, labels in self.validation:
-            with self.accelerator.autocast():
-                predicted = model(images.to(device, non_blocking=True)).argmax(1)
-            counts[0] += (predicted == labels.to(device)).sum()
-            counts[1] += len(labels)
-        hits, seen = self.accelerator.reduce(counts, "sum").tolist()
-        return 100.0 * int(hits) / int(seen)
-
-    def _recall(self) -> dict[str, float]:
-        """Mask recall over layers and the first validation batch of every process; {} for dense models."""
-        first = itertools.islice(self.validation, 1)
-        with self.accelerator.autocast():
-            recall = mask_recall(self.model, first, device=self.accelerator.device)
-        if not recall:
-            return {}
-        mean = torch.tensor(sum(recall) / len(recall), device=self.accelerator.device)
-        return {"mask_recall": self.accelerator.reduce(mean, "mean").item()}
 
     def _save_checkpoint(self, position: Position) -> None:
         self._average_sums()
@@ -409,8 +411,9 @@ class _Trainer:
             self.state.sums[name] = self.accelerator.reduce(total, "mean")
         if not all(math.isfinite(total) for total in self.state.sums.values()):
             raise FloatingPointError(
-                "the loss is not finite any more; lower lr, set clip_grad, or use amp=none. The last good "
-                f"state is in {self.run.checkpoint or 'no checkpoint yet'}"
+                "the loss is not finite any more; lower lr, set clip_grad or use amp=none, and start again "
+                f"in another output. The newest checkpoint, {self.run.checkpoint or 'none yet'}, may be "
+                "close to this already"
             )
 
     def _log(self, record: dict[str, Any]) -> None:
@@ -434,15 +437,37 @@ class _Speed:
         return self.images / (time.perf_counter() - self.start)
 
 
-def _validation_loader(
-    model: nn.Module, validation: ImageSet, recipe: Recipe, share: Share
-) -> DataLoader[Any]:
-    """Loader of this process's share of the validation images."""
-    transform = evaluation_transform(
-        model, mean=recipe.mean, std=recipe.std, crop_pct=recipe.crop_pct, interpolation=recipe.interpolation
-    )
-    part = Subset(validation, range(share.rank, len(validation), share.processes))
-    return make_loader(part, transform, recipe.batch_size // share.parts, workers=recipe.workers)
+def _begin(accelerator: Accelerator, output: Path, settings: dict[str, Any], *, resume: bool) -> RunFolder:
+    """Has the main process make the folder ready; all processes go on, or fail, together."""
+    failed: list[Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            RunFolder.begin(output, settings, resume=resume)
+        except (OSError, ValueError) as error:
+            failed = [error]
+    broadcast_object_list(failed)
+    if failed[0] is not None:
+        raise failed[0]
+    return RunFolder(output, writes=accelerator.is_main_process)
+
+
+def _check_launch(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Refuses what a launcher's configuration may ask for and this loop does not do."""
+    kind = accelerator.distributed_type
+    if kind not in {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU}:
+        raise ValueError(f"training runs on one process or data-parallel on many, not with {kind.value}")
+    if accelerator.gradient_accumulation_steps != recipe.accumulate:
+        raise ValueError(
+            f"accumulate={recipe.accumulate}, but the launcher asks for "
+            f"{accelerator.gradient_accumulation_steps} gradient accumulation steps; set accumulate alone"
+        )
+
+
+@torch.no_grad()
+def _share_weights(model: nn.Module) -> None:
+    """Gives all processes the weights of the main one."""
+    for tensor in model.state_dict().values():
+        tensor.copy_(broadcast(tensor.clone()))
 
 
 def _name_weights_alike(accelerator: Accelerator) -> None:

@@ -5,7 +5,9 @@ import tempfile
 import time
 
 import numpy as np
+import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -13,16 +15,21 @@ from torch import nn
 from sparsifiner.attention import SparseAttention
 from sparsifiner.data import ImageSet
 from sparsifiner.measure.macs import count_macs
+from sparsifiner.patch import why_not
 from sparsifiner.training.data import Share
-from sparsifiner.training.loop import choose_stages, train
+from sparsifiner.training.loop import train
 from sparsifiner.training.recipe import Recipe, Stage
-from sparsifiner.training.stages import Student
+from sparsifiner.training.stages import is_scorer, why_skipped
 
 _STEPS = 2
 
 
 def describe_plan(
-    model: nn.Module, recipe: Recipe, images: ImageSet | None, validation: ImageSet | None
+    model: nn.Module,
+    recipe: Recipe,
+    images: ImageSet | None,
+    validation: ImageSet | None,
+    processes: int = 1,
 ) -> str:
     """The plan of a run as text.
 
@@ -31,9 +38,15 @@ def describe_plan(
         recipe: how.
         images: to train on; None if they are not here.
         validation: to validate on; None if they are not here.
+        processes: number of processes.
+
+    Raises:
+        ValueError: the model is none that can be trained, or the batch cannot be divided.
     """
+    reasons = why_not(model)
+    if reasons:
+        raise ValueError(f"model cannot be trained: {'; '.join(reasons)}")
     assert isinstance(model, VisionTransformer)
-    processes = PartialState().num_processes
     share = Share(0, processes, recipe.accumulate)
     share.check(recipe.batch_size)
     height, width = model.patch_embed.img_size
@@ -55,7 +68,7 @@ def describe_plan(
             f"data      {len(images)} images to train on, {len(validation)} to validate on, "
             f"{images.num_classes} classes"
         )
-    for index, stage in choose_stages(model, recipe):
+    for index, stage in enumerate(recipe.stages):
         steps = None if images is None else len(images) // recipe.batch_size
         lines.append(f"stage {index + 1}   {_describe_stage(model, recipe, stage, steps)}")
     return "\n".join(lines)
@@ -68,7 +81,7 @@ def rehearse(
 
     Args:
         model: what is trained; its weights change.
-        recipe: how; epochs and batches are cut short.
+        recipe: how; epochs are cut short, and on a CPU batches too.
         teacher: as for `train`.
         device: as for `train`.
 
@@ -79,16 +92,22 @@ def rehearse(
     start = time.perf_counter()
     parts = PartialState(cpu=device == "cpu").num_processes * recipe.accumulate
     stages = [dataclasses.replace(stage, epochs=1, warmup_epochs=0) for stage in recipe.stages]
-    short = dataclasses.replace(recipe, stages=stages, batch_size=2 * parts, workers=0)
+    # on a GPU the batch is what may not fit
+    batch = recipe.batch_size if torch.cuda.is_available() and device != "cpu" else 2 * parts
+    short = dataclasses.replace(recipe, stages=stages, batch_size=batch, workers=0)
     height, width = model.patch_embed.img_size
     draw = np.random.default_rng(recipe.seed)
     rows = [
         (Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)), row % model.num_classes)
-        for row in range(_STEPS * short.batch_size)
+        for row in range(2 * parts)
     ]
+    rows *= -(-_STEPS * batch // len(rows))
+    rows = rows[: _STEPS * batch]
     images = ImageSet(rows, [str(label) for label in range(model.num_classes)], "random images")
-    with tempfile.TemporaryDirectory() as folder:
-        train(model, images, images, short, folder, teacher=teacher, device=device)
+    with tempfile.TemporaryDirectory() as own:
+        folder = [own]
+        broadcast_object_list(folder)  # one for all processes
+        train(model, images, images, short, folder[0], teacher=teacher, device=device)
     return time.perf_counter() - start
 
 
@@ -102,9 +121,15 @@ def _describe_attention(model: nn.Module) -> str:
 
 
 def _describe_stage(model: nn.Module, recipe: Recipe, stage: Stage, steps: int | None) -> str:
-    student = Student(model, stage.kind)
-    learns = sum(p.numel() for p in student.parameters() if p.requires_grad) / 1e6
-    model.requires_grad_(True)
+    reason = why_skipped(model, stage.kind)
+    if reason is not None:
+        return f"{stage.name}: skipped, {reason}"
+    trains = stage.kind.trains
+    learns = sum(
+        parameter.numel() / 1e6
+        for name, parameter in model.named_parameters()
+        if trains == "everything" or is_scorer(name) == (trains == "scorer")
+    )
     losses = " + ".join(f"{getattr(recipe.loss_weights, name):g} {name}" for name in stage.kind.losses)
     return (
         f"{stage.name}: {stage.epochs} epochs ({stage.warmup_epochs:g} of warm-up) x "

@@ -195,7 +195,13 @@ class Recipe:
         """Rejects impossible values by name."""
         if not self.stages:
             raise ValueError("stages is empty; give at least one, such as '[{name: distil, epochs: 1}]'")
-        for name, least in (("batch_size", 2), ("accumulate", 1), ("log_every", 1), ("workers", 0)):
+        for name, least in (
+            ("batch_size", 2),
+            ("accumulate", 1),
+            ("log_every", 1),
+            ("workers", 0),
+            ("seed", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.checkpoint_every is not None and self.checkpoint_every < 1:

@@ -22,7 +22,9 @@ SETTINGS = "config.yaml"
 METRICS = "metrics.jsonl"
 _CHECKPOINTS = "checkpoints"
 # they decide where and how fast a run computes, not what
-_MACHINE_SETTINGS = ("workers", "accumulate", "output", "device")
+_MACHINE_SETTINGS = ("workers", "accumulate", "output", "device", "checkpoint_every")
+# what a run leaves, by which one is known
+_TRACES = (METRICS, _CHECKPOINTS, "report.html", "best.safetensors", "last.safetensors")
 
 
 @dataclass(frozen=True, order=True)
@@ -39,39 +41,52 @@ class Position:
 
 
 class RunFolder:
-    """The files of one run. Processes other than the main one only read.
+    """The files of one run.
 
     Args:
-        path: the folder; made if it is missing.
-        settings: everything that decides the result, as plain values.
-        resume: continue the run that is there; without one a new run begins.
-        writes: whether this is the main process.
-
-    Raises:
-        FileExistsError: a run is there and `resume` was not asked for.
-        ValueError: the run that is there has other settings.
+        path: the folder.
+        writes: whether this is the main process; the others only read.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool, writes: bool) -> None:
+    def __init__(self, path: Path, *, writes: bool) -> None:
         self.path = path
         self.writes = writes
-        if (path / SETTINGS).exists():
-            if not resume:
-                raise FileExistsError(
-                    f"output={str(path)!r} holds a run already; continue it with --resume, "
-                    "or give another --output"
-                )
-            self._check_settings(settings)
-        elif resume:
-            _logger.warning("sparsifiner: %s holds no run to resume; a new one begins", path)
-        self.checkpoint = self._latest_checkpoint()
         self.board: SummaryWriter | None = None
-        if writes:
-            path.mkdir(parents=True, exist_ok=True)
-            write_aside(
-                path / SETTINGS, lambda file: file.write_text(yaml.safe_dump(settings, sort_keys=False))
+        self.checkpoint = self._latest_checkpoint()
+
+    @staticmethod
+    def begin(path: Path, settings: dict[str, Any], *, resume: bool) -> None:
+        """Makes the folder ready: for a new run, or to go on from its newest checkpoint. Main process only.
+
+        Args:
+            path: the folder; made if it is missing.
+            settings: everything that decides the result, as plain values.
+            resume: continue the run that is there; one without a checkpoint begins anew.
+
+        Raises:
+            FileExistsError: files of a run are there and `resume` was not asked for.
+            ValueError: the run that is there has other settings, or they are lost.
+        """
+        folder = RunFolder(path, writes=True)
+        there = [name for name in _TRACES if (path / name).exists()]
+        if there and not resume:
+            raise FileExistsError(
+                f"output={str(path)!r} holds a run already ({', '.join(there)}); continue it with --resume, "
+                "or give another --output"
             )
-            self._forget_after(self.position)
+        if there and not (path / SETTINGS).exists():
+            raise ValueError(
+                f"output={str(path)!r} holds {', '.join(there)} but no {SETTINGS}; put it back, or give "
+                "another --output"
+            )
+        if folder.checkpoint is not None:
+            folder.check_settings(settings)
+        elif resume:
+            _logger.warning("sparsifiner: %s holds no checkpoint to resume; the run begins anew", path)
+        path.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(settings, sort_keys=False)
+        write_aside(path / SETTINGS, lambda file: file.write_text(text))
+        folder.forget_after(folder.position)
 
     @property
     def position(self) -> Position:
@@ -141,8 +156,17 @@ class RunFolder:
         if self.board is not None:
             self.board.close()
 
-    def _check_settings(self, settings: dict[str, Any]) -> None:
-        """Refuses to go on with other settings than those that the run began with."""
+    def check_settings(self, settings: dict[str, Any]) -> None:
+        """Refuses to go on with other settings than those that the run began with.
+
+        Raises:
+            ValueError: they differ, or are lost.
+        """
+        if not (self.path / SETTINGS).exists():
+            raise ValueError(
+                f"output={str(self.path)!r} holds checkpoints but no {SETTINGS}; put it back, or give "
+                "another --output"
+            )
         before = yaml.safe_load((self.path / SETTINGS).read_text())
         after = yaml.safe_load(yaml.safe_dump(settings))
         changed = [
@@ -160,7 +184,7 @@ class RunFolder:
         finished = sorted((self.path / _CHECKPOINTS).glob("[0-9]*-[0-9]*"))
         return finished[-1] if finished else None
 
-    def _forget_after(self, position: Position) -> None:
+    def forget_after(self, position: Position) -> None:
         """Drops measurements behind the checkpoint: they are made again, and equal."""
         file = self.path / METRICS
         if not file.exists():

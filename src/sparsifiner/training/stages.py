@@ -1,7 +1,8 @@
 """The student in one stage, what of it learns, and its teacher."""
 
 import copy
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention
+from sparsifiner.layout import TokenLayout
 from sparsifiner.ops.precision import without_autocast
 from sparsifiner.patch import desparsify
 from sparsifiner.trace import trace_projections
@@ -63,16 +65,16 @@ class Student(nn.Module):
     Args:
         model: the model; what the stage does not train is frozen.
         kind: the stage.
+        frozen: names of parameters that never train.
     """
 
-    def __init__(self, model: nn.Module, kind: StageKind) -> None:
+    def __init__(self, model: nn.Module, kind: StageKind, frozen: Collection[str] = ()) -> None:
         super().__init__()
         self.model = model
         self.kind = kind
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(
-                kind.trains == "everything" or is_scorer(name) == (kind.trains == "scorer")
-            )
+            learns = kind.trains == "everything" or is_scorer(name) == (kind.trains == "scorer")
+            parameter.requires_grad_(learns and name not in frozen)
 
     def train(self, mode: bool = True) -> "Student":
         """Frozen backbones compute as in evaluation, without stochastic depth."""
@@ -93,21 +95,25 @@ class Student(nn.Module):
         """
         losses = self.kind.losses
         if self.kind.trains == "scorer" and "reconstruct" in losses:  # the twin did the forward
-            return {"reconstruct": self._reconstruct(teacher, teacher)}
+            return {"reconstruct": self._reconstruct(images, teacher, teacher)}
+        if not {"reconstruct", "self_reconstruct"}.intersection(losses):
+            tokens, logits = _forward(self.model, images)
+            return {"logits": logits, "tokens": tokens}
         with trace_projections(self.model) as own:
             tokens, logits = _forward(self.model, images)
         outputs = {"logits": logits, "tokens": tokens}
         if "reconstruct" in losses:
-            outputs["reconstruct"] = self._reconstruct(own, teacher)
+            outputs["reconstruct"] = self._reconstruct(images, own, teacher)
         if "self_reconstruct" in losses:
-            outputs["self_reconstruct"] = self._reconstruct(own, own)
+            outputs["self_reconstruct"] = self._reconstruct(images, own, own)
         return outputs
 
-    def _reconstruct(self, scored: Projections, target: Projections) -> Tensor:
+    def _reconstruct(self, images: Tensor, scored: Projections, target: Projections) -> Tensor:
         """Loss of the scorers that see `scored` against the attention of `target`, mean over layers."""
+        layout = _layout_of(self.model, images)
         errors = []
         for layer, seen, wanted in zip(_sparse_layers(self.model), scored, target, strict=True):
-            layout, tile = layer.current_layout(wanted[0].shape[2]), layer.config.tile
+            tile = layer.config.tile
             with without_autocast(wanted[0].device):
                 coefficients, basis = layer.scorer.factors(*seen, layout, tile)
                 error = reconstruction_loss(
@@ -161,6 +167,15 @@ def why_skipped(model: nn.Module, kind: StageKind) -> str | None:
     return None
 
 
+def weights_digest(model: nn.Module) -> str:
+    """Names the weights of a model: equal for equal weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def same_backbone(model: nn.Module, other: nn.Module) -> bool:
     """Whether two models have the same weights, scorers aside."""
     weights, others = (
@@ -186,7 +201,19 @@ def _forward(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """Patch tokens behind the final norm [B, patches, C] and logits [B, classes]."""
     assert isinstance(model, VisionTransformer)
     features = model.forward_features(images)
-    return features[:, model.num_prefix_tokens :], model.forward_head(features)
+    tokens = features[:, model.num_prefix_tokens :]
+    if isinstance(model.norm, nn.Identity):  # average pooling puts the final norm behind it
+        tokens = model.fc_norm(tokens)
+    return tokens, model.forward_head(features)
+
+
+def _layout_of(model: nn.Module, images: Tensor) -> TokenLayout:
+    """Where the tokens of these images lie, whether or not the model has seen them."""
+    assert isinstance(model, VisionTransformer)
+    grid = model.patch_embed.grid_size
+    if model.dynamic_img_size:
+        grid = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
+    return TokenLayout((int(grid[0]), int(grid[1])), model.num_prefix_tokens)
 
 
 def _sparse_layers(model: nn.Module) -> list[SparseAttention]:

@@ -1,0 +1,139 @@
+"""The paper's curve: top-1 against keep after training, beside a dense control trained equally long.
+
+    python benchmarks/training.py digits
+    python benchmarks/training.py tiny_imagenet --data DATA --teacher TEACHER
+    python benchmarks/training.py cifar10 --data DATA
+
+Every model is trained and evaluated by the commands that users have; a row keeps its command. Runs are
+resumed where they stopped, rows of finished ones are written at once.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import shlex
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from provenance import RESULTS, append_rows, provenance
+
+from sparsifiner.cli import main as sparsifiner
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+KEEPS = (0.5, 0.25, 0.1, 0.05, 0.01)
+# suite -> configuration of the sparse runs, of the dense teacher where none is shared, keeps
+SUITES: dict[str, tuple[str, str | None, tuple[float, ...]]] = {
+    "digits": ("digits", "digits_dense", KEEPS),
+    "tiny_imagenet": ("tiny_imagenet_paper_keep25", None, KEEPS),
+    "cifar10": ("cifar10_paper_keep25", "cifar10_dense", (0.25,)),
+}
+
+
+def run(*arguments: object) -> str:
+    """Runs a command of sparsifiner here; returns what it prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        code = sparsifiner([str(argument) for argument in arguments])
+    if code:
+        raise SystemExit(f"sparsifiner {shlex.join(map(str, arguments))} failed")
+    return printed.getvalue()
+
+
+def train(config: str, output: Path, data: list[str], *options: object) -> tuple[list[dict[str, Any]], str]:
+    """Trains, or resumes; returns the measurements and the command with names in the place of paths."""
+    arguments = ["train", "--config", CONFIGS / f"{config}.yaml", *data, *options]
+    run(*arguments, "--output", output, "--resume")
+    shown = [f"configs/{config}.yaml" if word == CONFIGS / f"{config}.yaml" else word for word in arguments]
+    if "--data" in shown:
+        shown[shown.index("--data") + 1] = "DATA"
+    if "--weights" in shown:
+        shown[shown.index("--weights") + 1] = "TEACHER"
+    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return records, shlex.join(["sparsifiner", *map(str, shown)])
+
+
+def evaluate(config: str, weights: Path, data: list[str], *options: object) -> dict[str, Any]:
+    """Evaluates weights with the model of a configuration."""
+    settings = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
+    model = ["--model", settings["model"], "--img-size", settings["img_size"]]
+    model += ["--model-args", json.dumps(settings["model_args"]), "--crop-pct", settings["crop_pct"]]
+    model += ["--workers", settings["workers"], "--batch-size", 100]
+    report: dict[str, Any] = json.loads(run("eval", *model, *data, "--weights", weights, *options, "--json"))
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--data")
+    parser.add_argument("--teacher", type=Path, help="weights of the dense teacher")
+    parser.add_argument("--keep", type=float, nargs="*", help="only these")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--output", type=Path, default=RESULTS / "training.json")
+    parser.add_argument("--options", default="", help="more options for every training")
+    options = parser.parse_args()
+    config, teacher_config, keeps = SUITES[options.suite]
+    data = ["--data", options.data] if options.data else []
+    more = shlex.split(options.options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    teacher = options.teacher
+    if teacher_config is not None and teacher is None:
+        folder = options.runs / teacher_config
+        train(teacher_config, folder, data, *more)
+        teacher = folder / "last.safetensors"
+    weights = ["--weights", teacher]
+    dense = ["--preset", "dense", "--keep", "null", "--backend", "null"]
+    control = options.runs / f"{options.suite}_control"
+    for keep in [None, *(options.keep or keeps)]:
+        name = "control" if keep is None else f"keep_{keep:g}"
+        output = options.runs / f"{options.suite}_{name}"
+        sparsity = dense if keep is None else ["--keep", keep]
+        records, command = train(config, output, data, *weights, *sparsity, *more)
+        # the evaluation runs in fp32, on the backend that the training took
+        given = (
+            ["--preset", "dense"] if keep is None else ["--preset", "paper", "--keep", keep, "--mask-recall"]
+        )
+        last = output / "last.safetensors"
+        to_control = evaluate(config, last, data, *given, "--dense-weights", control / "last.safetensors")
+        to_teacher = evaluate(config, last, data, *given, "--dense-weights", teacher)
+        validations = [record for record in records if record["kind"] == "validation"]
+        first = [record["top1"] for record in validations if record["stage"] == "reconstruct"]
+        speeds: dict[str, list[float]] = {}
+        for record in records:
+            if record["kind"] == "train":
+                speeds.setdefault(record["stage"], []).append(record["images_per_second"])
+        recall = to_teacher["mask_recall"]
+        settings = yaml.safe_load((output / "config.yaml").read_text())
+        row = {
+            "suite": options.suite,
+            "keep": keep,
+            "seed": settings["seed"],
+            "epochs": {stage["name"]: stage["epochs"] for stage in settings["stages"]},
+            "amp": settings["amp"],
+            "images": to_teacher["images"],
+            "dense_top1": to_teacher["against_dense"]["dense_top1"],
+            "top1_after_reconstruct": first[-1] if first else None,
+            "top1": to_teacher["top1"],
+            "against_control": to_control["against_dense"],
+            "against_teacher": to_teacher["against_dense"],
+            "mask_recall": sum(recall) / len(recall) if recall else None,
+            "images_per_second": {stage: statistics.median(found) for stage, found in speeds.items()},
+            "command": command,
+            **provenance(device),
+        }
+        append_rows(options.output, [row])
+        difference = to_control["against_dense"]
+        print(
+            f"{options.suite} {name}: top-1 {row['top1']:.2f} ({difference['difference']:+.2f} ± "
+            f"{difference['interval']:.2f} to the control), recall {row['mask_recall'] or 1:.3f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
