@@ -64,7 +64,7 @@ def main() -> None:
         measure(stage, backend, int(pixels), float(keep))
         return
     for stage in ("reconstruct", "distil"):
-        backends = ("torch",) if stage == "reconstruct" else ("dense", "torch", "reference")
+        backends = ("torch",) if stage == "reconstruct" else ("dense", "torch")
         for backend in backends:
             for pixels, keep in SETTINGS:
                 if backend == "dense" and keep != 0.1:
