@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, broadcast, broadcast_object_list
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
@@ -29,6 +28,12 @@ from sparsifiner.training.data import (
     seed_generators,
     training_loader,
     training_transform,
+)
+from sparsifiner.training.processes import (
+    begin_together,
+    check_launch,
+    name_weights_alike,
+    share_weights,
 )
 from sparsifiner.training.recipe import Recipe, Stage, recipe_settings
 from sparsifiner.training.run import Position, RunFolder
@@ -152,7 +157,7 @@ def train(
         mixed_precision="no" if recipe.amp == "none" else recipe.amp,
         gradient_accumulation_steps=recipe.accumulate,
     )
-    _check_launch(accelerator, recipe)
+    check_launch(accelerator, recipe)
     share = Share(accelerator.process_index, accelerator.num_processes, recipe.accumulate)
     share.check(recipe.batch_size)
     if len(images) < recipe.batch_size:
@@ -160,14 +165,16 @@ def train(
             f"batch_size={recipe.batch_size} exceeds the {len(images)} training images; lower batch_size"
         )
     stages = choose_stages(model, recipe, teacher)
-    run = _begin(accelerator, Path(output), {**(settings or {}), **recipe_settings(recipe)}, resume=resume)
+    run = begin_together(
+        accelerator, Path(output), {**(settings or {}), **recipe_settings(recipe)}, resume=resume
+    )
     model.to(accelerator.device)
-    _share_weights(model)
+    share_weights(model)
     twin = None
     if any(needs_teacher(stage.kind) for _, stage in stages):
         twin = Teacher(model if teacher is None else teacher)
         twin.model.to(accelerator.device)
-        _share_weights(twin.model)
+        share_weights(twin.model)
     trainer = _Trainer(
         accelerator=accelerator,
         run=run,
@@ -260,7 +267,7 @@ class _Trainer:
         if self.teacher is not None:
             self.state.teacher = weights_digest(self.teacher.model)
         self.accelerator.register_for_checkpointing(self.state)
-        _name_weights_alike(self.accelerator)
+        name_weights_alike(self.accelerator)
 
     def run_stage(self, index: int, stage: Stage) -> None:
         """Trains one stage: from its beginning, from a checkpoint within it, or not at all if it is done."""
@@ -435,51 +442,3 @@ class _Speed:
 
     def images_per_second(self) -> float:
         return self.images / (time.perf_counter() - self.start)
-
-
-def _begin(accelerator: Accelerator, output: Path, settings: dict[str, Any], *, resume: bool) -> RunFolder:
-    """Has the main process make the folder ready; all processes go on, or fail, together."""
-    failed: list[Exception | None] = [None]
-    if accelerator.is_main_process:
-        try:
-            RunFolder.begin(output, settings, resume=resume)
-        except (OSError, ValueError) as error:
-            failed = [error]
-    broadcast_object_list(failed)
-    if failed[0] is not None:
-        raise failed[0]
-    return RunFolder(output, writes=accelerator.is_main_process)
-
-
-def _check_launch(accelerator: Accelerator, recipe: Recipe) -> None:
-    """Refuses what a launcher's configuration may ask for and this loop does not do."""
-    kind = accelerator.distributed_type
-    if kind not in {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU}:
-        raise ValueError(f"training runs on one process or data-parallel on many, not with {kind.value}")
-    if accelerator.gradient_accumulation_steps != recipe.accumulate:
-        raise ValueError(
-            f"accumulate={recipe.accumulate}, but the launcher asks for "
-            f"{accelerator.gradient_accumulation_steps} gradient accumulation steps; set accumulate alone"
-        )
-
-
-@torch.no_grad()
-def _share_weights(model: nn.Module) -> None:
-    """Gives all processes the weights of the main one."""
-    for tensor in model.state_dict().values():
-        tensor.copy_(broadcast(tensor.clone()))
-
-
-def _name_weights_alike(accelerator: Accelerator) -> None:
-    """Lets a checkpoint of one process resume on many: their wrapper adds a prefix to every name."""
-
-    def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
-        weights[:] = [
-            {name.removeprefix("module."): tensor for name, tensor in state.items()} for state in weights
-        ]
-
-    def load(models: list[nn.Module], folder: str) -> None:
-        models[:] = [accelerator.unwrap_model(model) for model in models]
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)

@@ -1,0 +1,71 @@
+"""What it takes for many processes to train as one."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast, broadcast_object_list
+from torch import Tensor, nn
+
+from sparsifiner.training.recipe import Recipe
+from sparsifiner.training.run import RunFolder
+
+
+def begin_together(
+    accelerator: Accelerator, output: Path, settings: dict[str, Any], *, resume: bool
+) -> RunFolder:
+    """Has the main process make the folder ready; all processes go on, or fail, together.
+
+    Raises:
+        FileExistsError: see `RunFolder.begin`.
+        ValueError: likewise.
+    """
+    failed: list[Exception | None] = [None]
+    if accelerator.is_main_process:
+        try:
+            RunFolder.begin(output, settings, resume=resume)
+        except (OSError, ValueError) as error:
+            failed = [error]
+    broadcast_object_list(failed)
+    if failed[0] is not None:
+        raise failed[0]
+    return RunFolder(output, writes=accelerator.is_main_process)
+
+
+def check_launch(accelerator: Accelerator, recipe: Recipe) -> None:
+    """Refuses what a launcher's configuration may ask for and the loop does not do.
+
+    Raises:
+        ValueError: the kind of distribution, or the accumulation, is another.
+    """
+    kind = accelerator.distributed_type
+    if kind not in {DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU}:
+        raise ValueError(f"training runs on one process or data-parallel on many, not with {kind.value}")
+    if accelerator.gradient_accumulation_steps != recipe.accumulate:
+        raise ValueError(
+            f"accumulate={recipe.accumulate}, but the launcher asks for "
+            f"{accelerator.gradient_accumulation_steps} gradient accumulation steps; set accumulate alone"
+        )
+
+
+@torch.no_grad()
+def share_weights(model: nn.Module) -> None:
+    """Gives all processes the weights of the main one."""
+    for tensor in model.state_dict().values():
+        tensor.copy_(broadcast(tensor.clone()))
+
+
+def name_weights_alike(accelerator: Accelerator) -> None:
+    """Lets a checkpoint of one process resume on many: their wrapper adds a prefix to every name."""
+
+    def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+        weights[:] = [
+            {name.removeprefix("module."): tensor for name, tensor in state.items()} for state in weights
+        ]
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        models[:] = [accelerator.unwrap_model(model) for model in models]
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
