@@ -212,8 +212,9 @@ def derive_seed(*parts: int) -> int:
 
 
 def seed_generators(*parts: int) -> None:
-    """Seeds Python's, NumPy's and torch's generators."""
+    """Seeds Python's, NumPy's and torch's generators of the host, which transforms and mixing draw from."""
     seed = derive_seed(*parts)
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    # where CUDA has not started, torch.manual_seed keeps a stack trace of every call for later
+    torch.default_generator.manual_seed(seed)
