@@ -87,14 +87,14 @@ def main() -> None:
         train(teacher_config, folder, data, *more)
         teacher = folder / "last.safetensors"
     weights = ["--weights", teacher]
-    dense = ["--preset", "dense", "--keep", "null", "--backend", "null"]
+    dense = ["--preset", "dense", "--keep", "null"]
     control = options.runs / f"{options.suite}_control"
     for keep in [None, *(options.keep or keeps)]:
         name = "control" if keep is None else f"keep_{keep:g}"
         output = options.runs / f"{options.suite}_{name}"
         sparsity = dense if keep is None else ["--keep", keep]
         records, command = train(config, output, data, *weights, *sparsity, *more)
-        # the evaluation runs in fp32, on the backend that the training took
+        # the evaluation runs in fp32
         given = (
             ["--preset", "dense"] if keep is None else ["--preset", "paper", "--keep", keep, "--mask-recall"]
         )

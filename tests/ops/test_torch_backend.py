@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.layout import TokenLayout
-from sparsifiner.ops import select_topk, sparse_attention
-from sparsifiner.ops.sparse_attention import torch_backend
+from sparsifiner.ops import sparse_attention
+from sparsifiner.ops.sparse_attention import masked, reference, torch_backend
 from tests.ops.cases import (
     GRIDS,
     assert_within_budget,
@@ -97,29 +95,31 @@ def test_unlisted_keys_are_never_read():
     assert torch.isfinite(sparse_attention(q, k, v, connectivity, backend="torch")).all()
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    seed=st.integers(0, 2**31),
-    rows=st.integers(1, 9),
-    keys=st.integers(1, 70),
-    levels=st.sampled_from([1, 2, 5, 1000]),
-    data=st.data(),
-)
-def test_selection_equals_the_reference(seed, rows, keys, levels, data):
-    generator = torch.Generator().manual_seed(seed)
-    budget = data.draw(st.integers(1, keys))
-    forced = data.draw(st.integers(0, min(budget, 5)))
-    scores = torch.randint(-levels, levels + 1, (2, 1, rows, keys), generator=generator) / 3
-    special = torch.rand(scores.shape, generator=generator)
-    for value, share in ((torch.nan, 0.1), (torch.inf, 0.15), (-torch.inf, 0.3), (-0.0, 0.4), (3e38, 0.45)):
-        scores = torch.where((special < share) & (special >= share - 0.05), value, scores)
-    scores[:, :, ::3] = torch.nan
-    actual = select_topk(scores, budget, forced=forced, backend="torch")
-    assert torch.equal(actual, select_topk(scores, budget, forced=forced, backend="reference"))
+@pytest.mark.parametrize("patches", [4, 62, 196])
+@pytest.mark.parametrize("summary", [None, 2])
+def test_mask_for_short_inputs_within_fp64_budget(patches, summary, monkeypatch):
+    for prefix in (0, 1, 5):
+        layout = layout_of(patches, prefix)
+        connectivity = make_connectivity(layout, 0.1, 1, summary)
+        inputs = make_qkv(layout)
+        upstream = torch.randn(inputs[0].shape, dtype=torch.float64)
+        expected = [
+            forward_and_gradients("reference", [x.to(dtype) for x in inputs], connectivity, summary, upstream)
+            for dtype in (torch.float32, torch.float64)
+        ]
+        with monkeypatch.context() as patch:
+            patch.setattr(torch_backend, "sparse_attention", masked.sparse_attention)
+            actual = forward_and_gradients("torch", inputs, connectivity, summary, upstream)
+        terms = largest_terms(inputs, upstream, inputs[0].shape[-1] ** -0.5)
+        for quantities in zip(actual, *expected, terms, strict=True):
+            assert_within_budget(*quantities)
 
 
-def test_selection_in_fp64_budget_of_random_scores():
-    scores = torch.randn(2, 3, 50, 1025)
-    for budget in (1, 103, 1025):
-        expected = select_topk(scores, budget, backend="reference")
-        assert torch.equal(select_topk(scores, budget, backend="torch"), expected)
+def test_mask_of_empty_lists_and_slots_equals_the_reference():
+    q, k, v = make_qkv(TokenLayout((2, 2), 1))
+    indices = torch.tensor([[2, -1], [-1, -1], [0, 3], [1, 4]], dtype=torch.int32)
+    connectivity = Connectivity(indices.expand(1, 2, 4, 2), (2, 2), prefix=1)
+    for summary in (None, 1):
+        actual = masked.sparse_attention(q, k, v, connectivity, summary, 0.25)
+        expected = reference.sparse_attention(q, k, v, connectivity, summary, 0.25)
+        assert (actual - expected).abs().max() < 1e-6

@@ -2,30 +2,50 @@
 
 import functools
 import logging
+import os
+from importlib.util import find_spec
 
 import torch
 
-BACKENDS = ("reference", "torch")
+BACKENDS = ("reference", "torch", "triton")
+HAS_TRITON = find_spec("triton") is not None
 
 _logger = logging.getLogger(__name__)
 
 
-def resolve_backend(backend: str) -> str:
-    """Turns "auto" into a backend and checks an explicit one, which is never replaced.
+def resolve_backend(backend: str, op: str, best: str, device: torch.device) -> str:
+    """Turns "auto" into the best backend and checks an explicit one, which is never replaced.
+
+    Args:
+        backend: "auto" or one of `BACKENDS`.
+        op: name of the operation, for the log.
+        best: what "auto" takes.
+        device: where the inputs are.
 
     Raises:
-        ValueError: `backend` is unknown.
+        ValueError: `backend` is unknown, or does not run here.
     """
     if backend == "auto":
         if not torch.compiler.is_compiling():  # compiled code cannot log
-            _say_choice("torch")
-        return "torch"
+            _say_choice(op, best, device.type)
+        return best
     if backend not in BACKENDS:
         names = ", ".join(repr(name) for name in ("auto", *BACKENDS))
         raise ValueError(f"backend={backend!r} is not available; choose one of {names}")
+    if backend == "triton" and not runs_triton(device):
+        raise ValueError(
+            f"backend='triton' needs an NVIDIA GPU and the package triton, got tensors on {device}; "
+            "move them with .cuda(), or use backend='auto'"
+        )
     return backend
 
 
+def runs_triton(device: torch.device) -> bool:
+    """Whether Triton kernels run on a device; its interpreter runs them on the CPU, for tests."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return HAS_TRITON and (device.type == "cuda" or (interpreted and device.type == "cpu"))
+
+
 @functools.cache
-def _say_choice(backend: str) -> None:
-    _logger.info("sparsifiner: backend 'auto' uses '%s'", backend)
+def _say_choice(op: str, backend: str, device: str) -> None:
+    _logger.info("sparsifiner: %s: backend 'auto' uses '%s' on %s", op, backend, device)

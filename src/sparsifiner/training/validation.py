@@ -39,7 +39,13 @@ class Validation:
             interpolation=recipe.interpolation,
         )
         part = Subset(images, range(share.rank, len(images), share.processes))
-        self.loader = make_loader(part, transform, recipe.batch_size // share.parts, workers=recipe.workers)
+        self.loader = make_loader(
+            part,
+            transform,
+            recipe.batch_size // share.parts,
+            workers=recipe.workers,
+            persistent_workers=recipe.workers > 0,
+        )
         some = Subset(images, range(min(_RECALL_IMAGES, len(images))))
         self.some: list[Any] | None = None
         if accelerator.is_main_process:

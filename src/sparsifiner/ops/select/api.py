@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from sparsifiner.ops.backend import resolve_backend
+from sparsifiner.ops import library
+from sparsifiner.ops.backend import HAS_TRITON, resolve_backend
 from sparsifiner.ops.select import reference, torch_backend
 
 
@@ -28,7 +29,7 @@ def select_topk(
             their scores.
         own: integer [rows, m], the tokens that each row stands for, ascending, -1 (none) last; by
             default row r stands for the one token `N - rows + r`, as with one list per patch query.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or, on a GPU, "triton".
 
     Returns:
         int32 [B, H, rows, budget], ascending, -1 (empty) last.
@@ -51,16 +52,19 @@ def select_topk(
     elif own.ndim != 2 or own.shape[0] != rows:
         raise ValueError(f"select_topk: own must be [rows={rows}, m], got shape {tuple(own.shape)}")
 
-    scores = scores.detach().float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    best = "triton" if HAS_TRITON and scores.is_cuda else "torch"
+    chosen = resolve_backend(backend, "select_topk", best, scores.device)
+    scores = scores.detach()
+    if chosen == "triton":
+        listed: Tensor = library.select_topk(scores, budget, forced, own)
+        return listed
+    scores = scores.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if forced:
         # among equal scores the lowest index wins, so +inf keeps the prefix even beside other +inf
         always = torch.full_like(scores[..., :forced], torch.inf)
         scores = torch.cat([always, scores[..., forced:]], -1)
-    if resolve_backend(backend) == "reference":
-        indices = reference.select_topk(scores, budget)
-    else:
-        indices = torch_backend.select_topk(scores, budget)
-    return _fill_empty(indices, own, forced)
+    select = reference if chosen == "reference" else torch_backend
+    return _fill_empty(select.select_topk(scores, budget), own, forced)
 
 
 def _fill_empty(indices: Tensor, own: Tensor, forced: int) -> Tensor:

@@ -72,6 +72,6 @@ def sparse_attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     with without_autocast(q.device):
-        if resolve_backend(backend) == "reference":
+        if resolve_backend(backend, "sparse_attention", "torch", q.device) == "reference":
             return reference.sparse_attention(q, k, v, connectivity, summary, scale)
         return torch_backend.sparse_attention(q, k, v, connectivity, summary, scale)

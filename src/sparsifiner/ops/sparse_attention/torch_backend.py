@@ -6,19 +6,22 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sparsifiner.connectivity import Connectivity
-from sparsifiner.layout import TokenLayout
 from sparsifiner.ops.precision import accumulation_dtype
+from sparsifiner.ops.sparse_attention import masked
+from sparsifiner.ops.sparse_attention.summaries import unselected_per_window, window_means
 
 # Gathered keys of one chunk of rows: small enough for a CPU's cache, large enough to fill a GPU.
 _CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 # Rows take the place of heads in fused attention, and CUDA kernels launch no more than these.
 _CHUNK_ROWS = 65_535
+# Up to here a mask takes less time on a GPU than gathering every query's own keys.
+_MASKED_TOKENS = 1_100
 
 
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, summary: int | None, scale: float
 ) -> Tensor:
-    """Same function as the reference; no tensor grows with N * N.
+    """Same function as the reference; no tensor grows with N * N, but for short inputs on a GPU.
 
     Keys and values, summaries behind them, form one table per batch element and head. Every row
     gathers its list and the summaries from it and attends to them at once. Rows are taken in
@@ -37,15 +40,17 @@ def sparse_attention(
         [B, H, N, d] in the dtype of `q`.
     """
     layout, tile, prefix = connectivity.layout, connectivity.tile, connectivity.prefix
+    if q.is_cuda and tile == 1 and layout.tokens <= _MASKED_TOKENS:
+        return masked.sparse_attention(q, k, v, connectivity, summary, scale)
     B, H, N, d = q.shape
     indices = connectivity.indices
     bias = torch.where(indices >= 0, 0.0, -torch.inf)  # [B, H, rows, k]
     slots = indices.clamp(min=0).long()
     key, value = k, v
     if summary is not None:
-        key = torch.cat([k, _window_means(k, layout, summary)], 2)  # [B, H, N + W, d]
-        value = torch.cat([v, _window_means(v, layout, summary)], 2)
-        unselected = _unselected_per_window(indices, layout, summary)  # [B, H, rows, W]
+        key = torch.cat([k, window_means(k, layout, summary)], 2)  # [B, H, N + W, d]
+        value = torch.cat([v, window_means(v, layout, summary)], 2)
+        unselected = unselected_per_window(indices, layout, summary)  # [B, H, rows, W]
         windows = torch.arange(N, key.shape[2], device=q.device).expand(unselected.shape)
         bias = torch.cat([bias, unselected.to(accumulation_dtype(q.dtype)).log()], -1)
         slots = torch.cat([slots, windows], -1)
@@ -103,17 +108,3 @@ def _attend_recomputing(
     )
     assert isinstance(out, Tensor)
     return out
-
-
-def _window_means(x: Tensor, layout: TokenLayout, side: int) -> Tensor:
-    """[B, H, N, d] to the means of the windows [B, H, W, d], accumulated in fp32."""
-    return layout.square_means(x[:, :, layout.prefix :].to(accumulation_dtype(x.dtype)), side).to(x.dtype)
-
-
-def _unselected_per_window(indices: Tensor, layout: TokenLayout, side: int) -> Tensor:
-    """Tokens of each window that each list lacks: [B, H, rows, k] to int64 [B, H, rows, W]."""
-    windows = layout.squares(side)
-    window = layout.square_of_token(indices, side).long()
-    selected = torch.zeros(*indices.shape[:-1], windows + 1, dtype=torch.int64, device=indices.device)
-    selected = selected.scatter_add(-1, window, torch.ones_like(window))
-    return layout.square_sizes(side, indices.device) - selected[..., :windows]

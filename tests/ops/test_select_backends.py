@@ -1,0 +1,91 @@
+"""Every backend of the selection against the reference: the same sets, whatever the scores."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsifiner.ops import select_topk
+from sparsifiner.ops.backend import HAS_TRITON
+from sparsifiner.ops.select import triton_backend
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+# interpreted kernels take their time
+KEYS = 70 if GPU else 40
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+BACKENDS = ["torch", pytest.param("triton", marks=needs_triton)]
+
+
+def special_scores(seed, rows, keys, levels):
+    """Few levels, so many ties, with every special value among them and rows without any score."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(-levels, levels + 1, (2, 1, rows, keys), generator=generator) / 3
+    special = torch.rand(scores.shape, generator=generator)
+    for value, share in ((torch.nan, 0.1), (torch.inf, 0.15), (-torch.inf, 0.3), (-0.0, 0.4), (3e38, 0.45)):
+        scores = torch.where((special < share) & (special >= share - 0.05), value, scores)
+    scores[:, :, ::3] = torch.nan
+    return scores
+
+
+def assert_equals_reference(scores, budget, backend, **options):
+    expected = select_topk(scores, budget, backend="reference", **options)
+    actual = select_topk(scores.to(DEVICE), budget, backend=backend, **options)
+    assert torch.equal(actual.cpu(), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 5),
+    keys=st.integers(1, KEYS),
+    levels=st.sampled_from([1, 2, 5, 1000]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    data=st.data(),
+)
+def test_any_scores(backend, seed, rows, keys, levels, dtype, data):
+    budget = data.draw(st.integers(1, keys))
+    forced = data.draw(st.integers(0, min(budget, 5)))
+    scores = special_scores(seed, rows, keys, levels).to(dtype)
+    assert_equals_reference(scores, budget, backend, forced=forced)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("budget", [1, 103, 1025])
+def test_many_keys(backend, budget):
+    rows = 50 if GPU or backend == "torch" else 2
+    assert_equals_reference(torch.randn(2, 3, rows, 1025), budget, backend)
+
+
+@needs_triton
+@pytest.mark.parametrize("budget", [1, 3, 37, 70])
+def test_rows_longer_than_a_block(budget, monkeypatch):
+    monkeypatch.setattr(triton_backend, "_LARGEST_BLOCK", 16)
+    for seed in range(3):
+        assert_equals_reference(special_scores(seed, 4, 70, 5), budget, "triton", forced=1)
+    assert_equals_reference(torch.randn(1, 2, 3, 70), budget, "triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_without_a_score_take_their_own_tokens(backend):
+    scores = torch.full((1, 1, 2, 6), float("-inf"))
+    own = torch.tensor([[2, 3], [4, 5]])
+    for budget in (1, 2, 4):
+        expected = select_topk(scores, budget, forced=1, own=own, backend="reference")
+        actual = select_topk(scores.to(DEVICE), budget, forced=1, own=own.to(DEVICE), backend=backend)
+        assert torch.equal(actual.cpu(), expected)
+
+
+@needs_triton
+@pytest.mark.skipif(GPU, reason="interpreted only")
+def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match=r"backend='triton' needs an NVIDIA GPU"):
+        select_topk(torch.randn(1, 1, 2, 3), 1, backend="triton")
+
+
+@needs_triton
+def test_operator():
+    scores, own = torch.randn(1, 2, 3, 9, device=DEVICE), torch.arange(3, device=DEVICE).unsqueeze(1)
+    torch.library.opcheck(torch.ops.sparsifiner.select_topk, (scores, 4, 1, own))
