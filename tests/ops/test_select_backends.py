@@ -78,6 +78,27 @@ def test_rows_without_a_score_take_their_own_tokens(backend):
 
 
 @needs_triton
+@pytest.mark.parametrize(
+    ("rows", "keys", "basis_size", "kept", "budget"),
+    [(5, 9, 4, 2, 3), (37, 62, 32, 8, 7), (10, 197, 32, 8, 20), (3, 40, 6, 6, 40), (1, 1, 1, 1, 1)],
+)
+def test_lowrank_scores_and_their_selection(rows, keys, basis_size, kept, budget):
+    coefficients = torch.randn(2, 3, rows, basis_size).softmax(-1)
+    coefficients[0, 0, 0] = torch.nan
+    basis = torch.rand(basis_size, keys) * (torch.rand(basis_size, keys) > 0.5)
+    own = torch.arange(rows).unsqueeze(1).clamp(max=keys - 1)
+    largest = coefficients.double().topk(kept, -1)
+    exact = torch.zeros_like(coefficients).double().scatter_(-1, largest.indices, largest.values)
+    exact = exact @ basis.double()
+    inputs = [x.to(DEVICE) for x in (coefficients, basis)]
+    scores = torch.full_like(exact, torch.nan, dtype=torch.float32, device=DEVICE)
+    indices = triton_backend.select_lowrank(*inputs, kept, budget, 1, own.to(DEVICE), scores=scores)
+    assert torch.allclose(scores.cpu().double(), exact, rtol=2e-6, atol=1e-7, equal_nan=True)
+    expected = select_topk(scores.cpu(), budget, forced=1, own=own, backend="reference")
+    assert torch.equal(indices.cpu(), expected)
+
+
+@needs_triton
 @pytest.mark.skipif(GPU, reason="interpreted only")
 def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
@@ -86,6 +107,9 @@ def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch):
 
 
 @needs_triton
-def test_operator():
+def test_operators():
     scores, own = torch.randn(1, 2, 3, 9, device=DEVICE), torch.arange(3, device=DEVICE).unsqueeze(1)
     torch.library.opcheck(torch.ops.sparsifiner.select_topk, (scores, 4, 1, own))
+    torch.library.opcheck(
+        torch.ops.sparsifiner.select_lowrank, (scores[..., :3].softmax(-1), scores[0, 0], 2, 4, 1, own)
+    )

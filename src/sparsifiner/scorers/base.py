@@ -11,6 +11,7 @@ from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import select_topk
+from sparsifiner.ops.backend import HAS_TRITON
 from sparsifiner.ops.precision import without_autocast
 
 # scores(start, stop) gives the scores of those rows: [B or 1, H, stop - start, N]
@@ -87,6 +88,20 @@ class Scorer(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} has nothing to learn; train a low-rank scorer")
 
+    def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec, own: Tensor) -> Tensor | None:
+        """Lists from Triton kernels that keep the scores to themselves; None where scores must be written.
+
+        Args:
+            q: [B, H, N, d] unscaled queries, prefix included.
+            k: [B, H, N, d] keys.
+            spec: the lists wanted.
+            own: [rows, m], the tokens that each row stands for, -1 last.
+
+        Returns:
+            int32 [B, H, rows, k] as `select_topk` gives.
+        """
+        return None
+
     def elements_per_row(self, spec: ListSpec) -> int:
         """Size of the largest tensor that one row of one head needs."""
         return spec.layout.tokens
@@ -112,6 +127,10 @@ class Scorer(nn.Module):
         own = spec.layout.square_tokens(spec.tile, q.device)
         # scores are compared in fp32, so autocast must not round them
         with without_autocast(q.device):
+            if spec.backend == "triton" or (spec.backend == "auto" and HAS_TRITON and q.is_cuda):
+                fused = self.fused_lists(q, k, spec, own)
+                if fused is not None:
+                    return Connectivity(fused, spec.layout.grid, spec.tile, spec.layout.prefix)
             scores = self.row_scores(q, k, spec)
             lists = [
                 select_topk(

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.layout import TokenLayout
+from sparsifiner.ops import library
+from sparsifiner.ops.library import LOWRANK_TOKENS
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
 
@@ -129,6 +131,16 @@ class LowRankScorer(Scorer):
             return flat.view(*index.shape[:-1], -1)
 
         return scores
+
+    def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec, own: Tensor) -> Tensor | None:
+        """See `Scorer.fused_lists`."""
+        if self.legacy or spec.layout.tokens > LOWRANK_TOKENS:
+            return None
+        coefficients = self.coefficients(q, k, spec.layout, spec.tile).float()
+        basis = self.basis(spec.layout).float().mT.contiguous()
+        kept = min(self.coef_topk, basis.shape[0])
+        listed: Tensor = library.select_lowrank(coefficients, basis, kept, spec.budget, spec.forced, own)
+        return listed
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """See `Scorer.macs`: projections, k_down, coefficients and the sparse product, in this order."""
