@@ -4,7 +4,8 @@
     python benchmarks/training.py tiny_imagenet --data DATA --teacher TEACHER
     python benchmarks/training.py cifar10 --data DATA
 
-Every model is trained and evaluated by the commands that users have; a row keeps its command. Runs are
+Rows may be divided among GPUs (`--rows control 0.5` on one, `--rows 0.1` on another, each with an --output of
+its own) once the control is trained, or all trained by `sparsifiner train` beforehand. Every model is trained and evaluated by the commands that users have; a row keeps its command. Runs are
 resumed where they stopped, rows of finished ones are written at once.
 """
 
@@ -71,7 +72,8 @@ def main() -> None:
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--data")
     parser.add_argument("--teacher", type=Path, help="weights of the dense teacher")
-    parser.add_argument("--keep", type=float, nargs="*", help="only these")
+    parser.add_argument("--rows", nargs="*", help="only these: control, or a keep")
+    parser.add_argument("--sharing", type=int, default=1, help="runs that shared the GPU, for the record")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--output", type=Path, default=RESULTS / "training.json")
     parser.add_argument("--options", default="", help="more options for every training")
@@ -89,7 +91,8 @@ def main() -> None:
     weights = ["--weights", teacher]
     dense = ["--preset", "dense", "--keep", "null"]
     control = options.runs / f"{options.suite}_control"
-    for keep in [None, *(options.keep or keeps)]:
+    rows = options.rows or ["control", *keeps]
+    for keep in [None if row == "control" else float(row) for row in rows]:
         name = "control" if keep is None else f"keep_{keep:g}"
         output = options.runs / f"{options.suite}_{name}"
         sparsity = dense if keep is None else ["--keep", keep]
@@ -122,6 +125,7 @@ def main() -> None:
             "against_control": to_control["against_dense"],
             "against_teacher": to_teacher["against_dense"],
             "mask_recall": sum(recall) / len(recall) if recall else None,
+            "sharing": options.sharing,
             "images_per_second": {stage: statistics.median(found) for stage, found in speeds.items()},
             "command": command,
             **provenance(device),
