@@ -4,9 +4,9 @@
     python benchmarks/training.py tiny_imagenet --data DATA --teacher TEACHER
     python benchmarks/training.py cifar10 --data DATA
 
-Rows may be divided among GPUs (`--rows control 0.5` on one, `--rows 0.1` on another, each with an --output of
-its own) once the control is trained, or all trained by `sparsifiner train` beforehand. Every model is trained and evaluated by the commands that users have; a row keeps its command. Runs are
-resumed where they stopped, rows of finished ones are written at once.
+Every model is trained and evaluated by the commands that users have; a row keeps its command. Runs are
+resumed where they stopped, rows of finished ones are written at once. Rows may be divided among GPUs (`--rows
+control 0.5` on one, `--rows 0.1` on another, each with an --output of its own) once the control is trained.
 """
 
 import argparse
