@@ -1,15 +1,22 @@
-"""Our kernels as operators of torch, so that compilers, exporters and profilers see them."""
+"""Our kernels as operators of torch, so that autograd, compilers, exporters and flop counters see them."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
+from sparsifiner.layout import TokenLayout
 from sparsifiner.ops.backend import HAS_TRITON
 
 # Keys that the fused low-rank selection takes: a row of scores must fit in the registers of a program.
 LOWRANK_TOKENS = 16_384
+LARGEST_HEAD_DIM = 128
 
 if HAS_TRITON:
     from sparsifiner.ops.select import triton_backend as triton_select
+    from sparsifiner.ops.select import triton_pooled
+    from sparsifiner.ops.sparse_attention import triton_backend as triton_attention
 
 
 @torch.library.custom_op("sparsifiner::select_topk", mutates_args=())
@@ -34,3 +41,184 @@ def select_lowrank(
 @select_lowrank.register_fake
 def _(coefficients: Tensor, basis: Tensor, coef_topk: int, budget: int, forced: int, own: Tensor) -> Tensor:
     return coefficients.new_empty((*coefficients.shape[:-1], budget), dtype=torch.int32)
+
+
+@torch.library.custom_op("sparsifiner::select_pooled", mutates_args=())
+def select_pooled(
+    q: Tensor,
+    k: Tensor,
+    grid_height: int,
+    grid_width: int,
+    prefix: int,
+    tile: int,
+    budget: int,
+    forced: int,
+    own: Tensor,
+) -> Tensor:
+    """Lists of the scores tile-mean q · k; q and k [B, H, N, d], own [rows, m]."""
+    layout = TokenLayout((grid_height, grid_width), prefix)
+    return triton_pooled.select_pooled(q, k, layout, tile, budget, forced, own)
+
+
+@select_pooled.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    grid_height: int,
+    grid_width: int,
+    prefix: int,
+    tile: int,
+    budget: int,
+    forced: int,
+    own: Tensor,
+) -> Tensor:
+    rows = TokenLayout((grid_height, grid_width), prefix).squares(tile)
+    return q.new_empty((*q.shape[:2], rows, budget), dtype=torch.int32)
+
+
+@torch.library.custom_op("sparsifiner::attend", mutates_args=())
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    grid_height: int,
+    grid_width: int,
+    prefix: int,
+    tile: int,
+    summary: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Attention over lists and summaries (side 0 for none): the result and what its backward needs."""
+    problem = _problem(grid_height, grid_width, prefix, tile, summary, scale)
+    return triton_attention.attend(q, k, v, indices, problem)
+
+
+@attend.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    grid_height: int,
+    grid_width: int,
+    prefix: int,
+    tile: int,
+    summary: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, H, N, d = q.shape
+    problem = _problem(grid_height, grid_width, prefix, tile, summary, scale)
+    return (
+        q.new_empty(B, N, H, d).transpose(1, 2),
+        q.new_empty(B, H, N, dtype=torch.float32),
+        k.new_empty(2, B, H, problem.windows, d),
+        k.new_empty(B, H, problem.rows, problem.windows, dtype=problem.count_dtype),
+    )
+
+
+@torch.library.custom_op("sparsifiner::attend_backward", mutates_args=())
+def attend_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    out: Tensor,
+    log_weight: Tensor,
+    means: Tensor,
+    missing: Tensor,
+    grid_height: int,
+    grid_width: int,
+    prefix: int,
+    tile: int,
+    summary: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; in a fixed order where torch is asked for deterministic algorithms."""
+    return triton_attention.attend_backward(
+        *(d_out, q, k, v, indices, (out, log_weight, means, missing)),
+        _problem(grid_height, grid_width, prefix, tile, summary, scale),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+@attend_backward.register_fake
+def _(d_out: Tensor, q: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor]:
+    B, H, N, d = q.shape
+    d_q, d_k, d_v = (q.new_empty(B, N, H, d).transpose(1, 2) for _ in range(3))
+    return d_q, d_k, d_v
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.problem = inputs[4:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, d_out: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
+    without_gradient = (None,) * (1 + len(ctx.problem))
+    if d_out is None:
+        return (None, None, None, *without_gradient)
+    return (*attend_backward(d_out, *ctx.saved_tensors, *ctx.problem), *without_gradient)
+
+
+attend.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _attend_flops(
+    q: torch.Size, k: torch.Size, v: torch.Size, indices: torch.Size, *problem: Any, products: int = 2
+) -> int:
+    """Operations of the products that every listed key, summary and prefix query takes part in."""
+    B, H, N, d = q
+    grid_height, grid_width, prefix, _, summary = problem[:5]
+    layout = TokenLayout((grid_height, grid_width), prefix)
+    windows = layout.squares(summary) if summary else 0
+    visits = layout.patches * (indices[-1] + windows) + prefix * N
+    return 2 * products * int(B * H * visits * d)
+
+
+@register_flop_formula(torch.ops.sparsifiner.attend)
+def _(*shapes: Any, **unused: Any) -> int:
+    return _attend_flops(*shapes)
+
+
+@register_flop_formula(torch.ops.sparsifiner.attend_backward)
+def _(
+    d_out: torch.Size,
+    q: torch.Size,
+    k: torch.Size,
+    v: torch.Size,
+    indices: torch.Size,
+    *rest: Any,
+    **unused: Any,
+) -> int:
+    return _attend_flops(q, k, v, indices, *rest[4:], products=5)
+
+
+@register_flop_formula(torch.ops.sparsifiner.select_pooled)
+def _(
+    q: torch.Size,
+    k: torch.Size,
+    grid_height: int,
+    grid_width: int,
+    prefix: int,
+    tile: int,
+    *rest: Any,
+    **unused: Any,
+) -> int:
+    B, H, N, d = q
+    return 2 * B * H * TokenLayout((grid_height, grid_width), prefix).squares(tile) * N * d
+
+
+@register_flop_formula(torch.ops.sparsifiner.select_lowrank)
+def _(coefficients: torch.Size, basis: torch.Size, coef_topk: int, *rest: Any, **unused: Any) -> int:
+    B, H, rows, _ = coefficients
+    return 2 * B * H * rows * coef_topk * basis[1]
+
+
+def _problem(
+    grid_height: int, grid_width: int, prefix: int, tile: int, summary: int, scale: float
+) -> "triton_attention.Problem":
+    layout = TokenLayout((grid_height, grid_width), prefix)
+    return triton_attention.Problem(layout, tile, summary, scale)

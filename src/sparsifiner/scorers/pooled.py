@@ -1,7 +1,9 @@
 """Tile-mean query · key: the scorer that needs no training."""
 
+import torch
 from torch import Tensor
 
+from sparsifiner.ops import library
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
 
@@ -18,6 +20,15 @@ class PooledScorer(Scorer):
         query = spec.layout.square_means(q[:, :, spec.layout.prefix :].to(accurate), spec.tile)
         key = k.to(accurate).mT
         return lambda start, stop: query[:, :, start:stop] @ key
+
+    def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec, own: Tensor) -> Tensor | None:
+        """See `Scorer.fused_lists`."""
+        if q.dtype == torch.float64 or q.shape[-1] > library.LARGEST_HEAD_DIM or spec.tile == 1:
+            return None
+        layout = spec.layout
+        geometry = (*layout.grid, layout.prefix, spec.tile)
+        listed: Tensor = library.select_pooled(q, k, *geometry, spec.budget, spec.forced, own)
+        return listed
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """See `Scorer.macs`."""

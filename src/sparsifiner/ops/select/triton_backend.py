@@ -27,18 +27,36 @@ def select_topk(scores: Tensor, budget: int, forced: int, own: Tensor) -> Tensor
     """
     B, H, rows, N = scores.shape
     scores = (scores.float() if scores.dtype == torch.float64 else scores).contiguous()
-    own = own.to(torch.int32).contiguous()
     indices = torch.empty(B, H, rows, budget, dtype=torch.int32, device=scores.device)
-    total = B * H * rows
+    launch_select(scores.view(-1, N), indices.view(-1, budget), own, N=N, forced=forced)
+    return indices
+
+
+def launch_select(
+    scores: Tensor, indices: Tensor, own: Tensor, *, N: int, forced: int, first_row: int = 0
+) -> None:
+    """Selects from the first `len(indices)` rows of `scores`.
+
+    Args:
+        scores: fp32, bf16 or fp16 [at least R, at least N], rows contiguous.
+        indices: int32 [R, k], written.
+        own: integer [rows, m]; row r of `scores` is row (first_row + r) % rows of it.
+        N: number of keys.
+        forced: the first keys, in every list.
+        first_row: see `own`.
+    """
+    total, budget = indices.shape
+    if not total:
+        return
+    own = own.to(torch.int32).contiguous()
     shape = {"EMPTY_BITS": _EMPTY_BITS[scores.dtype], "BLOCK_K": triton.next_power_of_2(budget)}
-    arguments = (scores, own, indices, total, rows, N, budget, forced, own.shape[1])
+    arguments = (scores, own, indices, total, first_row, own.shape[0], N, scores.stride(0), budget, forced)
     block = triton.next_power_of_2(N)
     if block > _LARGEST_BLOCK:
-        select_long_kernel[(total,)](*arguments, **shape, BLOCK=_LARGEST_BLOCK, num_warps=16)
-    elif total:
+        select_long_kernel[(total,)](*arguments, own.shape[1], **shape, BLOCK=_LARGEST_BLOCK, num_warps=16)
+    else:
         shape |= _program_shape(block)
-        select_kernel[(triton.cdiv(total, shape["ROWS"]),)](*arguments, **shape)
-    return indices
+        select_kernel[(triton.cdiv(total, shape["ROWS"]),)](*arguments, own.shape[1], **shape)
 
 
 def select_lowrank(
@@ -184,12 +202,14 @@ def _write_lists(
 
 @triton.jit
 def select_kernel(
-    scores,  # [B * H * rows, N]
+    scores,  # [R, stride]
     own,  # [rows, m]
-    indices,  # [B * H * rows, k]
+    indices,  # [R, k]
     total,
+    first_row,
     rows,
     N,
+    stride,
     k,
     forced,
     m,
@@ -202,11 +222,10 @@ def select_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = row < total
     key = tl.arange(0, BLOCK)[None, :]
-    score = tl.load(scores + row[:, None] * N + key, mask=is_row[:, None] & (key < N), other=0.0)
+    score = tl.load(scores + row[:, None] * stride + key, mask=is_row[:, None] & (key < N), other=0.0)
     code = _codes(score.to(tl.float32), key, N, forced, EMPTY_BITS)
-    _write_lists(
-        code, key, own + row % rows * m, indices + row * k, is_row, N, k, forced, m, EMPTY_BITS, BLOCK_K
-    )
+    own += (first_row + row) % rows * m
+    _write_lists(code, key, own, indices + row * k, is_row, N, k, forced, m, EMPTY_BITS, BLOCK_K)
 
 
 @triton.jit
@@ -252,12 +271,14 @@ def select_lowrank_kernel(
 
 @triton.jit
 def select_long_kernel(
-    scores,  # [B * H * rows, N]
+    scores,  # [R, stride]
     own,  # [rows, m]
-    indices,  # [B * H * rows, k]
+    indices,  # [R, k]
     total,
+    first_row,
     rows,
     N,
+    stride,
     k,
     forced,
     m,
@@ -267,7 +288,7 @@ def select_long_kernel(
 ):
     """One row of any length: as `_write_lists`, block by block, with the threshold found bit by bit."""
     row = tl.program_id(0).to(tl.int64)
-    scores += row * N
+    scores += row * stride
     indices += row * k
     block = tl.arange(0, BLOCK)
     lowest = _lowest(EMPTY_BITS)
@@ -308,4 +329,5 @@ def select_long_kernel(
         taken += tl.sum(keep.to(tl.int32), 0)
         equals += tl.sum(equal, 0)
     first = tl.zeros([1], tl.int64)
-    _write_row_end(own + row % rows * m + first, indices + first, taken, forced, k, m, taken >= 0, BLOCK_K)
+    own += (first_row + row) % rows * m
+    _write_row_end(own + first, indices + first, taken, forced, k, m, taken >= 0, BLOCK_K)

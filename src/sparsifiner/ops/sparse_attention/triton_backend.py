@@ -1,0 +1,234 @@
+"""Sparse attention in Triton: launches of the kernels, forward and backward."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from sparsifiner.layout import TokenLayout
+from sparsifiner.ops.sparse_attention.triton_backward import (
+    add_entries_kernel,
+    attend_backward_kernel,
+    key_gradients_kernel,
+)
+from sparsifiner.ops.sparse_attention.triton_forward import attend_kernel, missing_kernel
+from sparsifiner.ops.triton_means import square_means
+
+_LOG2_E = 1.4426950408889634
+# Queries of one program; tiles of more are divided.
+_LARGEST_BLOCK_M = 128
+_BYTE = 255
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The sizes of one call.
+
+    Attributes:
+        layout: where the tokens lie.
+        tile: side of a tile of queries.
+        summary: side of the windows, 0 for no summaries.
+        scale: factor of the logits.
+    """
+
+    layout: TokenLayout
+    tile: int
+    summary: int
+    scale: float
+
+    @property
+    def rows(self) -> int:
+        """Lists per batch element and head."""
+        return self.layout.squares(self.tile)
+
+    @property
+    def windows(self) -> int:
+        """Summary keys."""
+        return self.layout.squares(self.summary) if self.summary else 0
+
+    @property
+    def count_dtype(self) -> torch.dtype:
+        """Of the tokens of a window that a list lacks."""
+        return torch.uint8 if self.summary**2 <= _BYTE else torch.int32
+
+    @property
+    def block_m(self) -> int:
+        """Queries of one program."""
+        return max(16, min(_LARGEST_BLOCK_M, triton.next_power_of_2(self.tile**2)))
+
+    @property
+    def parts(self) -> int:
+        """Programs of one tile."""
+        return triton.cdiv(self.tile**2, self.block_m)
+
+    @property
+    def prefix_parts(self) -> int:
+        """Programs of the prefix."""
+        return triton.cdiv(self.layout.prefix, self.block_m)
+
+    def grid(self, pairs: int) -> tuple[int, int]:
+        """Programs: parts of the prefix and of all tiles, for each batch element and head."""
+        return self.prefix_parts + self.rows * self.parts, pairs
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, problem: Problem
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The forward pass.
+
+    Args:
+        q: [B, H, N, d], as are `k` and `v`; strided views will do.
+        k: keys.
+        v: values.
+        indices: int32 [B, H, rows, keys].
+        problem: the sizes.
+
+    Returns:
+        `out` [B, H, N, d] and what the backward needs: log2 of the softmax's denominators, fp32
+        [B, H, N], mean keys and values [2, B, H, W, d], and the tokens of each window that each list lacks
+        [B, H, rows, W].
+    """
+    B, H, N, d = q.shape
+    q, k, v, indices = _rows(q), _rows(k), _rows(v), indices.contiguous()
+    means, missing = _summaries(k, v, indices, problem)
+    out = torch.empty(B, N, H, d, dtype=q.dtype, device=q.device).transpose(1, 2)
+    log_weight = torch.empty(B, H, N, dtype=torch.float32, device=q.device)
+    attend_kernel[problem.grid(B * H)](
+        *(q, k, v, indices, means[0], means[1], missing, out, log_weight),
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
+        *(H, N, *problem.layout.grid, problem.layout.prefix, problem.rows, indices.shape[-1]),
+        *(problem.windows, problem.scale * _LOG2_E),
+        **_blocks(q, problem),
+        num_warps=_warps(problem),
+    )
+    return out, log_weight, means, missing
+
+
+def attend_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    problem: Problem,
+    *,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v.
+
+    Args:
+        d_out: gradient of `out` [B, H, N, d].
+        q: as in the forward pass, like `k`, `v` and `indices`.
+        k: keys.
+        v: values.
+        indices: int32 [B, H, rows, keys].
+        saved: what `attend` returned.
+        problem: the sizes.
+        deterministic: keep what each list sends to each key and add it up in the order of the rows, in
+            memory [B, H, rows, keys, d], instead of by atomics.
+
+    Returns:
+        Gradients [B, H, N, d].
+    """
+    B, H, N, d = q.shape
+    q, k, v, indices, d_out = _rows(q), _rows(k), _rows(v), indices.contiguous(), _rows(d_out)
+    out, log_weight, means, missing = saved
+    keys, pairs = indices.shape[-1], B * H
+    d_q, d_k, d_v = (
+        torch.empty(B, N, H, d, dtype=q.dtype, device=q.device).transpose(1, 2) for _ in range(3)
+    )
+    entries = problem.rows * problem.parts * keys + problem.prefix_parts * N
+    sums = torch.zeros(2, pairs, N, d, dtype=torch.float32, device=q.device)
+    mean_sums = torch.zeros(2, pairs, problem.windows, d, dtype=torch.float32, device=q.device)
+    sent, mean_sent = sums, mean_sums
+    if deterministic:
+        sent = sums.new_empty(2, pairs, entries, d)
+        mean_sent = sums.new_empty(2, pairs, problem.rows * problem.parts, problem.windows, d)
+    attend_backward_kernel[problem.grid(pairs)](
+        *(q, k, v, indices, means[0], means[1], missing, out, log_weight, d_out, d_q),
+        *(sent[0], sent[1], mean_sent[0], mean_sent[1]),
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
+        *(*d_out.stride()[:3], *d_q.stride()[:3]),
+        *(H, N, *problem.layout.grid, problem.layout.prefix, problem.rows, keys),
+        *(problem.windows, entries, problem.scale * _LOG2_E, problem.scale),
+        **_blocks(q, problem),
+        DETERMINISTIC=deterministic,
+        num_warps=_warps(problem),
+    )
+    block_d = _block_d(q)
+    if deterministic:
+        order, first = _entries_by_token(indices, problem)
+        add_entries_kernel[(N, pairs)](
+            *(sent[0], sent[1], order, first, sums[0], sums[1], N, entries),
+            HEAD_DIM=d,
+            BLOCK_E=16,
+            BLOCK_D=block_d,
+        )
+        mean_sums = mean_sent.sum(2)
+    block_t = max(16, 4096 // block_d)
+    key_gradients_kernel[(triton.cdiv(N, block_t), pairs)](
+        *(sums[0], sums[1], mean_sums[0], mean_sums[1], d_k, d_v, *d_k.stride()[:3]),
+        *(H, N, *problem.layout.grid, problem.layout.prefix, problem.windows),
+        HEAD_DIM=d,
+        SIDE=problem.summary,
+        BLOCK_T=block_t,
+        BLOCK_D=block_d,
+    )
+    return d_q, d_k, d_v
+
+
+def _summaries(k: Tensor, v: Tensor, indices: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Mean keys and values of the windows, and the tokens of each that each list lacks."""
+    B, H = k.shape[:2]
+    side, windows, layout = problem.summary, problem.windows, problem.layout
+    missing = torch.empty(B, H, problem.rows, windows, dtype=problem.count_dtype, device=k.device)
+    if not side:
+        return k.new_empty(2, B, H, 0, k.shape[-1]), missing
+    missing_kernel[(B * H * problem.rows,)](
+        *(indices, missing, indices.shape[-1], *layout.grid, layout.prefix, windows),
+        SIDE=side,
+        BLOCK_N=min(1024, triton.next_power_of_2(indices.shape[-1])),
+        BLOCK_W=triton.next_power_of_2(windows),
+    )
+    return square_means(k, layout, side, v), missing
+
+
+def _entries_by_token(indices: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """Which entries of the lists name each token: their order by token, and where each token begins."""
+    B, H, rows, keys = indices.shape
+    N = problem.layout.tokens
+    every = torch.arange(N, device=indices.device)
+    listed = torch.where(indices >= 0, indices, N).long().unsqueeze(3)
+    listed = listed.expand(B, H, rows, problem.parts, keys).reshape(B * H, -1)
+    prefix = every.repeat(problem.prefix_parts).expand(B * H, -1)
+    token, order = torch.cat([listed, prefix], 1).sort(dim=1, stable=True)
+    bounds = torch.arange(N + 1, device=indices.device).expand(B * H, -1).contiguous()
+    return order, torch.searchsorted(token.contiguous(), bounds)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The tensor itself where its rows are contiguous, else a copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _block_d(q: Tensor) -> int:
+    return max(16, triton.next_power_of_2(q.shape[-1]))
+
+
+def _blocks(q: Tensor, problem: Problem) -> dict[str, int]:
+    """Sizes that the kernels are compiled for."""
+    return {
+        "HEAD_DIM": q.shape[-1],
+        "TILE": problem.tile,
+        "PARTS": problem.parts,
+        "BLOCK_M": problem.block_m,
+        "BLOCK_N": 32 if q.dtype == torch.float32 else 64,
+        "BLOCK_W": max(16, min(64, triton.next_power_of_2(problem.windows))) if problem.windows else 16,
+        "BLOCK_D": _block_d(q),
+    }
+
+
+def _warps(problem: Problem) -> int:
+    return 8 if problem.block_m == _LARGEST_BLOCK_M else 4

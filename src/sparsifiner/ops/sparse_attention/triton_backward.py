@@ -1,0 +1,192 @@
+"""Backward kernels: gradients of the queries by tile, of keys and values by adding up what tiles send."""
+
+import triton
+import triton.language as tl
+
+from sparsifiner.ops.sparse_attention.triton_forward import load_list, row_of_program, row_tokens
+
+
+@triton.jit
+def _key_gradients(query, key, value, bias, d_out, log_weight, delta, d_query, scale, slope):
+    """One block of keys: what it adds to dq, and its own dk and dv from these queries."""
+    logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale + bias[None, :]
+    probability = tl.exp2(logits - log_weight[:, None])
+    d_probability = tl.dot(d_out, tl.trans(value), input_precision="ieee")
+    d_logits = (probability * (d_probability - delta[:, None]) * slope).to(query.dtype)
+    d_query = tl.dot(d_logits, key, acc=d_query, input_precision="ieee")
+    d_key = tl.dot(tl.trans(d_logits), query, input_precision="ieee")
+    d_value = tl.dot(tl.trans(probability.to(query.dtype)), d_out, input_precision="ieee")
+    return d_query, d_key, d_value
+
+
+@triton.jit
+def attend_backward_kernel(
+    q,  # [B, H, N, d]
+    k,  # [B, H, N, d]
+    v,  # [B, H, N, d]
+    indices,  # [B * H, rows, keys]
+    mean_k,  # [B * H, W, d]
+    mean_v,  # [B * H, W, d]
+    missing,  # [B * H, rows, W]
+    out,  # [B, H, N, d]
+    log_weight,  # fp32 [B * H, N]
+    d_out,  # [B, H, N, d]
+    d_q,  # [B, H, N, d]
+    d_k,  # fp32 [B * H, N, d], or [B * H, entries, d] of every slot of every list
+    d_v,  # likewise
+    d_mean_k,  # fp32 [B * H, W, d], or [B * H, rows * PARTS, W, d] of every program
+    d_mean_v,  # likewise
+    q_batch, q_head, q_token,
+    k_batch, k_head, k_token,
+    v_batch, v_head, v_token,
+    o_batch, o_head, o_token,
+    do_batch, do_head, do_token,
+    dq_batch, dq_head, dq_token,
+    H, N, GRID_H, GRID_W, PREFIX, rows, keys, windows, entries, scale, slope,
+    HEAD_DIM: tl.constexpr,
+    TILE: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DETERMINISTIC: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M queries of one tile, or of the prefix: dq, and what they send to their keys and summaries.
+
+    What is sent is added up by atomics in an order that no one knows, or, if DETERMINISTIC, stored by slot
+    and added up later. `scale` holds log2(e), `slope` does not.
+    """
+    tile, part, is_prefix = row_of_program(rows, PARTS)
+    pair = tl.program_id(1).to(tl.int64)
+    row = pair * rows + tile
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    is_dim = dim < HEAD_DIM
+
+    token, is_query = row_tokens(tile, part, is_prefix, GRID_H, GRID_W, PREFIX, TILE, BLOCK_M)
+    q += pair // H * q_batch + pair % H * q_head
+    k += pair // H * k_batch + pair % H * k_head
+    v += pair // H * v_batch + pair % H * v_head
+    out += pair // H * o_batch + pair % H * o_head
+    d_out += pair // H * do_batch + pair % H * do_head
+    d_q += pair // H * dq_batch + pair % H * dq_head
+    mask = is_query[:, None] & is_dim
+    query = tl.load(q + token[:, None] * q_token + dim, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
+    d_result = tl.load(d_out + token[:, None] * do_token + dim, mask=mask, other=0.0)
+    result = tl.load(out + token[:, None] * o_token + dim, mask=mask, other=0.0)
+    delta = tl.sum(d_result.to(tl.float32) * result.to(tl.float32), 1)
+    weight = tl.load(log_weight + pair * N + token, mask=is_query, other=float("inf"))
+    # a query without any key has probabilities of 0
+    weight = tl.where(weight == -float("inf"), float("inf"), weight)
+
+    d_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, tl.where(is_prefix == 1, N, keys), BLOCK_N):
+        slot = start + tl.arange(0, BLOCK_N)
+        index = load_list(indices + row * keys, slot, keys, N, is_prefix)
+        listed = (index >= 0)[:, None] & is_dim
+        at = index.to(tl.int64)[:, None]
+        key = tl.load(k + at * k_token + dim, mask=listed, other=0.0)  # [BLOCK_N, BLOCK_D]
+        value = tl.load(v + at * v_token + dim, mask=listed, other=0.0)
+        bias = tl.where(index >= 0, 0.0, -float("inf"))
+        d_query, d_key, d_value = _key_gradients(
+            query, key, value, bias, d_result, weight, delta, d_query, scale, slope
+        )
+        if DETERMINISTIC:
+            of_row = tl.where(is_prefix == 1, rows * PARTS * keys + part * N, (tile * PARTS + part) * keys)
+            to = (pair * entries + of_row + slot)[:, None] * HEAD_DIM + dim
+            tl.store(d_k + to, d_key, mask=listed)
+            tl.store(d_v + to, d_value, mask=listed)
+        else:
+            to = (pair * N + at) * HEAD_DIM + dim
+            tl.atomic_add(d_k + to, d_key, mask=listed, sem="relaxed")
+            tl.atomic_add(d_v + to, d_value, mask=listed, sem="relaxed")
+    for start in range(0, (1 - is_prefix) * windows, BLOCK_W):
+        window = start + tl.arange(0, BLOCK_W)
+        at = (pair * windows + window)[:, None] * HEAD_DIM + dim
+        is_window = (window < windows)[:, None] & is_dim
+        key = tl.load(mean_k + at, mask=is_window, other=0.0)  # [BLOCK_W, BLOCK_D]
+        value = tl.load(mean_v + at, mask=is_window, other=0.0)
+        count = tl.load(missing + row * windows + window, mask=window < windows, other=0)
+        bias = tl.log2(count.to(tl.float32))
+        d_query, d_key, d_value = _key_gradients(
+            query, key, value, bias, d_result, weight, delta, d_query, scale, slope
+        )
+        if DETERMINISTIC:
+            to = ((row * PARTS + part) * windows + window)[:, None] * HEAD_DIM + dim
+            tl.store(d_mean_k + to, d_key, mask=is_window)
+            tl.store(d_mean_v + to, d_value, mask=is_window)
+        else:
+            tl.atomic_add(d_mean_k + at, d_key, mask=is_window, sem="relaxed")
+            tl.atomic_add(d_mean_v + at, d_value, mask=is_window, sem="relaxed")
+    tl.store(d_q + token[:, None] * dq_token + dim, d_query.to(d_q.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def add_entries_kernel(
+    entry_k,  # fp32 [B * H, entries, d]
+    entry_v,  # likewise
+    order,  # int64 [B * H, entries], entries by ascending token
+    first,  # int64 [B * H, N + 1], where the entries of a token begin in `order`
+    d_k,  # fp32 [B * H, N, d]
+    d_v,  # likewise
+    N, entries,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One token: the sum of what was sent to it, in the order of the rows."""
+    token, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    start = tl.load(first + pair * (N + 1) + token)
+    stop = tl.load(first + pair * (N + 1) + token + 1)
+    key_sum = tl.zeros([BLOCK_D], tl.float32)
+    value_sum = tl.zeros([BLOCK_D], tl.float32)
+    for block in range(start, stop, BLOCK_E):
+        place = block + tl.arange(0, BLOCK_E)
+        entry = tl.load(order + pair * entries + place, mask=place < stop, other=0)
+        at = (pair * entries + entry)[:, None] * HEAD_DIM + dim[None, :]
+        mask = (place < stop)[:, None] & (dim < HEAD_DIM)[None, :]
+        key_sum += tl.sum(tl.load(entry_k + at, mask=mask, other=0.0), 0)
+        value_sum += tl.sum(tl.load(entry_v + at, mask=mask, other=0.0), 0)
+    to = (pair * N + token) * HEAD_DIM + dim
+    tl.store(d_k + to, key_sum, mask=dim < HEAD_DIM)
+    tl.store(d_v + to, value_sum, mask=dim < HEAD_DIM)
+
+
+@triton.jit
+def key_gradients_kernel(
+    sum_k,  # fp32 [B * H, N, d]
+    sum_v,  # likewise
+    d_mean_k,  # fp32 [B * H, W, d]
+    d_mean_v,  # likewise
+    d_k,  # [B, H, N, d]
+    d_v,  # likewise
+    dk_batch, dk_head, dk_token,
+    H, N, GRID_H, GRID_W, PREFIX, windows,
+    HEAD_DIM: tl.constexpr,
+    SIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_T tokens: their own gradients and their share in those of their window's means."""
+    pair = tl.program_id(1).to(tl.int64)
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    mask = (token < N)[:, None] & (dim < HEAD_DIM)
+    at = (pair * N + token)[:, None] * HEAD_DIM + dim
+    key = tl.load(sum_k + at, mask=mask, other=0.0)  # [BLOCK_T, BLOCK_D]
+    value = tl.load(sum_v + at, mask=mask, other=0.0)
+    if SIDE > 0:
+        patch = token - PREFIX
+        row, column = patch // GRID_W // SIDE, patch % GRID_W // SIDE
+        height = tl.minimum(GRID_H - row * SIDE, SIDE)
+        width = tl.minimum(GRID_W - column * SIDE, SIDE)
+        share = 1.0 / tl.maximum(height * width, 1).to(tl.float32)[:, None]
+        window = row * tl.cdiv(GRID_W, SIDE) + column
+        of_window = (pair * windows + window)[:, None] * HEAD_DIM + dim
+        in_window = mask & (patch >= 0)[:, None]
+        key += tl.load(d_mean_k + of_window, mask=in_window, other=0.0) * share
+        value += tl.load(d_mean_v + of_window, mask=in_window, other=0.0) * share
+    to = pair // H * dk_batch + pair % H * dk_head + token[:, None].to(tl.int64) * dk_token + dim
+    tl.store(d_k + to, key.to(d_k.dtype.element_ty), mask=mask)
+    tl.store(d_v + to, value.to(d_v.dtype.element_ty), mask=mask)

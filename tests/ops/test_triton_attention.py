@@ -1,0 +1,163 @@
+"""The Triton backend against the reference: on a GPU at real sizes, else small ones, interpreted."""
+
+import pytest
+import torch
+
+from sparsifiner.connectivity import Connectivity
+from sparsifiner.layout import TokenLayout
+from sparsifiner.ops import sparse_attention
+from sparsifiner.ops.backend import HAS_TRITON
+from tests.ops.cases import (
+    assert_within_budget,
+    largest_terms,
+    layout_of,
+    make_connectivity,
+    make_qkv,
+)
+
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+# the interpreter takes bf16 for integers in products
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
+PATCHES = [4, 62, 196, 256, 576, 1024, 4096] if GPU else [4, 62]
+
+
+def forward_and_gradients(backend, inputs, connectivity, summary, upstream):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = sparse_attention(*inputs, connectivity, summary, backend=backend)
+    return [out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))]
+
+
+def check_against_reference(layout, keep, tile, summary, dtype=torch.float32, head_dim=16, heads=2):
+    connectivity = make_connectivity(layout, keep, tile, summary, heads=heads, device=DEVICE)
+    inputs = make_qkv(layout, heads=heads, head_dim=head_dim, dtype=dtype, device=DEVICE)
+    upstream = torch.randn(inputs[0].shape, dtype=torch.float64, device=DEVICE).to(dtype)
+    actual = forward_and_gradients("triton", inputs, connectivity, summary, upstream)
+    single = forward_and_gradients("reference", inputs, connectivity, summary, upstream)
+    double = forward_and_gradients(
+        "reference", [x.double() for x in inputs], connectivity, summary, upstream.double()
+    )
+    terms = largest_terms(inputs, upstream, head_dim**-0.5)
+    for quantities in zip(actual, single, double, terms, strict=True):
+        assert_within_budget(*quantities)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """What kernels do not write shows: fresh memory holds NaN."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poison(tensor):
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: poison(empty(*args, **options)))
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda self, *args, **options: poison(new_empty(self, *args, **options))
+    )
+
+
+@pytest.mark.parametrize("patches", PATCHES)
+@pytest.mark.parametrize(("tile", "summary"), [(8, 8), (8, 2), (4, None), (2, 4)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_and_gradients_within_fp64_budget(patches, tile, summary, dtype):
+    for prefix in (0, 1, 2, 5):
+        check_against_reference(layout_of(patches, prefix), 0.1, tile, summary, dtype)
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 64, 80, 128])
+def test_head_dims(head_dim):
+    check_against_reference(TokenLayout((5, 7), 1), 0.3, 4, 3, torch.float32, head_dim)
+
+
+@pytest.mark.parametrize("keep", [1e-6, 1.0])
+def test_one_key_and_all_keys(keep):
+    for prefix in (0, 1):
+        check_against_reference(TokenLayout((6, 5), prefix), keep, 4, 2)
+
+
+@pytest.mark.parametrize("side", [3, 14, 16, 40])
+def test_tiles_and_windows_of_odd_and_large_sides(side):
+    check_against_reference(TokenLayout((14, 18), 1), 0.2, side, side)
+
+
+def test_more_prefix_tokens_than_queries_in_a_program():
+    check_against_reference(TokenLayout((4, 4), 20), 0.7, 2, 2)
+
+
+def test_deterministic_gradients_within_fp64_budget():
+    torch.use_deterministic_algorithms(True)
+    try:
+        for prefix, tile in ((1, 4), (20, 2), (0, 14)):
+            check_against_reference(TokenLayout((9, 15), prefix), 0.4, tile, 2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU: interpreted programs run one by one")
+def test_deterministic_gradients_are_the_same_twice():
+    layout = layout_of(4096, 1)
+    connectivity = make_connectivity(layout, 0.1, 8, 8, device=DEVICE)
+    inputs = make_qkv(layout, head_dim=64, dtype=torch.bfloat16, device=DEVICE)
+    upstream = torch.randn_like(inputs[0])
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (forward_and_gradients("triton", inputs, connectivity, 8, upstream) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_empty_lists_and_slots_equal_the_reference():
+    q, k, v = make_qkv(TokenLayout((4, 4), 1), device=DEVICE)
+    indices = torch.tensor([[2, -1], [-1, -1], [0, 3], [1, 4]], dtype=torch.int32, device=DEVICE)
+    connectivity = Connectivity(indices.expand(1, 2, 4, 2), (4, 4), tile=2, prefix=1)
+    upstream = torch.randn(q.shape, device=DEVICE)
+    for summary in (None, 2):
+        actual = forward_and_gradients("triton", (q, k, v), connectivity, summary, upstream)
+        expected = forward_and_gradients("reference", (q, k, v), connectivity, summary, upstream)
+        for a, e in zip(actual, expected, strict=True):
+            assert (a - e).abs().max() < 1e-6
+
+
+def test_huge_logits_equal_the_reference():
+    layout = TokenLayout((9, 7), 1)
+    q, k, v = (x * 100 for x in make_qkv(layout, device=DEVICE))
+    connectivity = make_connectivity(layout, 0.1, 4, 4, device=DEVICE)
+    actual = sparse_attention(q, k, v, connectivity, 4, backend="triton")
+    expected = sparse_attention(q.double(), k.double(), v.double(), connectivity, 4, backend="reference")
+    assert torch.isfinite(actual).all()
+    assert ((actual - expected).norm() / expected.norm()) < 1e-3
+
+
+def test_unlisted_keys_are_never_read():
+    layout = TokenLayout((4, 4), 0)
+    q, k, v = make_qkv(layout, device=DEVICE)
+    connectivity = make_connectivity(layout, 0.2, 2, None, device=DEVICE)
+    unlisted = ~connectivity.to_mask().any(2)
+    assert unlisted.any()
+    k[unlisted], v[unlisted] = torch.nan, torch.nan
+    assert torch.isfinite(sparse_attention(q, k, v, connectivity, backend="triton")).all()
+
+
+@pytest.mark.parametrize(
+    ("tile", "head_dim", "dtype", "message"),
+    [
+        (1, 16, torch.float32, "tile=1"),
+        (2, 12, torch.float32, "multiples of 8 up to 128, got 12"),
+        (2, 16, torch.float64, "got fp64"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_named(tile, head_dim, dtype, message):
+    layout = TokenLayout((4, 4), 0)
+    inputs = make_qkv(layout, head_dim=head_dim, dtype=dtype, device=DEVICE)
+    connectivity = make_connectivity(layout, 0.5, tile, None, device=DEVICE)
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(*inputs, connectivity, backend="triton")
+
+
+def test_operator():
+    layout = TokenLayout((4, 6), 1)
+    inputs = [x.detach().requires_grad_() for x in make_qkv(layout, heads=1, device=DEVICE)]
+    indices = make_connectivity(layout, 0.3, 2, 2, heads=1, device=DEVICE).indices
+    torch.library.opcheck(torch.ops.sparsifiner.attend, (*inputs, indices, 4, 6, 1, 2, 2, 0.25))
