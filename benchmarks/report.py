@@ -106,8 +106,8 @@ def training() -> str:
 The paper's two stages: the scorer learns the attention of the dense teacher, then the backbone learns to do
 with what the scorer chooses. The control is the dense teacher trained on by the second stage's recipe, equally
 long. "Before" is top-1 after the first stage, "to the control" has the paired 95 % interval, recall is the
-share of the model's own dense attention on the listed keys, images/s are those of the stages, each of several
-runs that shared the device where it says so. One seed, last weights, all validation images.
+share of the model's own dense attention on the listed keys, images/s are those of the stages, measured
+beside up to as many other runs on the same device as it says. One seed, last weights, all validation images.
 """
     ]
     for suite in dict.fromkeys(row["suite"] for row in rows):
@@ -124,7 +124,7 @@ runs that shared the device where it says so. One seed, last weights, all valida
                 f"{row['against_teacher']['agreement']:.1f} %",
                 "" if row["mask_recall"] is None else f"{row['mask_recall']:.3f}",
                 " / ".join(f"{value:.0f}" for value in speed.values())
-                + (f" (1 of {row['sharing']})" if row.get("sharing", 1) > 1 else ""),
+                + (f" (beside {row['sharing'] - 1})" if row.get("sharing", 1) > 1 else ""),
                 f"`{row['command']}`",
             ])  # fmt: skip
         header = ["keep", "before", "after", "to the control", "agreement with the teacher", "recall"]
