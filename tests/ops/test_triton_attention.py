@@ -58,7 +58,7 @@ def _poisoned(monkeypatch):
 
 
 @pytest.mark.parametrize("patches", PATCHES)
-@pytest.mark.parametrize(("tile", "summary"), [(8, 8), (8, 2), (4, None), (2, 4)])
+@pytest.mark.parametrize(("tile", "summary"), [(8, 8), (8, 2), (4, None), (2, 4), (1, None), (1, 4)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_and_gradients_within_fp64_budget(patches, tile, summary, dtype):
     for prefix in (0, 1, 2, 5):
@@ -72,8 +72,8 @@ def test_head_dims(head_dim):
 
 @pytest.mark.parametrize("keep", [1e-6, 1.0])
 def test_one_key_and_all_keys(keep):
-    for prefix in (0, 1):
-        check_against_reference(TokenLayout((6, 5), prefix), keep, 4, 2)
+    for prefix, tile in ((0, 4), (1, 4), (1, 1)):
+        check_against_reference(TokenLayout((6, 5), prefix), keep, tile, 2)
 
 
 @pytest.mark.parametrize("side", [3, 14, 16, 40])
@@ -82,13 +82,14 @@ def test_tiles_and_windows_of_odd_and_large_sides(side):
 
 
 def test_more_prefix_tokens_than_queries_in_a_program():
-    check_against_reference(TokenLayout((4, 4), 20), 0.7, 2, 2)
+    for tile in (1, 2):
+        check_against_reference(TokenLayout((4, 4), 70), 0.7, tile, 2)
 
 
 def test_deterministic_gradients_within_fp64_budget():
     torch.use_deterministic_algorithms(True)
     try:
-        for prefix, tile in ((1, 4), (20, 2), (0, 14)):
+        for prefix, tile in ((1, 4), (20, 2), (0, 14), (1, 1)):
             check_against_reference(TokenLayout((9, 15), prefix), 0.4, tile, 2)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -111,9 +112,10 @@ def test_deterministic_gradients_are_the_same_twice():
 def test_empty_lists_and_slots_equal_the_reference():
     q, k, v = make_qkv(TokenLayout((4, 4), 1), device=DEVICE)
     indices = torch.tensor([[2, -1], [-1, -1], [0, 3], [1, 4]], dtype=torch.int32, device=DEVICE)
-    connectivity = Connectivity(indices.expand(1, 2, 4, 2), (4, 4), tile=2, prefix=1)
     upstream = torch.randn(q.shape, device=DEVICE)
-    for summary in (None, 2):
+    for tile, summary in ((2, None), (2, 2), (1, None), (1, 2)):
+        lists = indices.repeat(4 // tile**2, 1)
+        connectivity = Connectivity(lists.expand(1, 2, -1, 2), (4, 4), tile=tile, prefix=1)
         actual = forward_and_gradients("triton", (q, k, v), connectivity, summary, upstream)
         expected = forward_and_gradients("reference", (q, k, v), connectivity, summary, upstream)
         for a, e in zip(actual, expected, strict=True):
@@ -143,7 +145,6 @@ def test_unlisted_keys_are_never_read():
 @pytest.mark.parametrize(
     ("tile", "head_dim", "dtype", "message"),
     [
-        (1, 16, torch.float32, "tile=1"),
         (2, 12, torch.float32, "multiples of 8 up to 128, got 12"),
         (2, 16, torch.float64, "got fp64"),
     ],

@@ -11,7 +11,7 @@ from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import select_topk
-from sparsifiner.ops.backend import HAS_TRITON
+from sparsifiner.ops.backend import best_backend
 from sparsifiner.ops.precision import without_autocast
 
 # scores(start, stop) gives the scores of those rows: [B or 1, H, stop - start, N]
@@ -53,6 +53,8 @@ class Scorer(nn.Module):
     Scores are computed and selected from in chunks of rows, so that no [rows, N] tensor exists
     whole: at tile 1 that would be N x N.
     """
+
+    FUSED_OP = ""  # the operator that scores and selects at once, if there is one
 
     @abstractmethod
     def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
@@ -127,7 +129,8 @@ class Scorer(nn.Module):
         own = spec.layout.square_tokens(spec.tile, q.device)
         # scores are compared in fp32, so autocast must not round them
         with without_autocast(q.device):
-            if spec.backend == "triton" or (spec.backend == "auto" and HAS_TRITON and q.is_cuda):
+            backend = best_backend(self.FUSED_OP, q.device) if spec.backend == "auto" else spec.backend
+            if backend == "triton":
                 fused = self.fused_lists(q, k, spec, own)
                 if fused is not None:
                     return Connectivity(fused, spec.layout.grid, spec.tile, spec.layout.prefix)

@@ -42,6 +42,7 @@ class LowRankScorer(Scorer):
         Wei et al., "Sparsifiner", CVPR 2023, section 3.2.
     """
 
+    FUSED_OP = "select_lowrank"
     # released checkpoints keep the parameters under these names
     RELEASED_NAMES = (("proj_c_q", "query"), ("proj_c_k", "key"), ("proj_back_n", "up"), ("proj_n", "down"))
 

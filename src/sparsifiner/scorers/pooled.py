@@ -14,6 +14,8 @@ class PooledScorer(Scorer):
     At tile 8 this costs 1/64 of QKᵀ; at tile 1 it is QKᵀ.
     """
 
+    FUSED_OP = "select_pooled"
+
     def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
         accurate = accumulation_dtype(q.dtype)

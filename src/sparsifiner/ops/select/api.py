@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sparsifiner.ops import library
-from sparsifiner.ops.backend import HAS_TRITON, resolve_backend
+from sparsifiner.ops.backend import resolve_backend
 from sparsifiner.ops.select import reference, torch_backend
 
 
@@ -52,8 +52,7 @@ def select_topk(
     elif own.ndim != 2 or own.shape[0] != rows:
         raise ValueError(f"select_topk: own must be [rows={rows}, m], got shape {tuple(own.shape)}")
 
-    best = "triton" if HAS_TRITON and scores.is_cuda else "torch"
-    chosen = resolve_backend(backend, "select_topk", best, scores.device)
+    chosen = resolve_backend(backend, "select_topk", scores.device)
     scores = scores.detach()
     if chosen == "triton":
         listed: Tensor = library.select_topk(scores, budget, forced, own)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.ops import library
-from sparsifiner.ops.backend import HAS_TRITON, resolve_backend
+from sparsifiner.ops.backend import resolve_backend
 from sparsifiner.ops.precision import without_autocast
 from sparsifiner.ops.sparse_attention import reference, torch_backend
 
@@ -35,8 +35,7 @@ def sparse_attention(
         summary: side of the windows in patches, None for no summaries.
         scale: factor of the logits, `d ** -0.5` by default.
         backend: "auto", "reference" (dense with a mask), "torch" (gathers) or, on a GPU, "triton" (fused
-            kernels for lists shared by a tile and head dims that are multiples of 8 up to 128); all are
-            differentiable.
+            kernels, for head dims that are multiples of 8 up to 128); all are differentiable.
 
     Returns:
         [B, H, N, d] in the dtype of `q`.
@@ -75,9 +74,10 @@ def sparse_attention(
             f"sparse_attention: summary must be a window side of at least 1 patch or None, got {summary!r}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    reasons = _why_no_kernel(q, connectivity)
-    best = "triton" if HAS_TRITON and q.is_cuda and not reasons else "torch"
-    chosen = resolve_backend(backend, "sparse_attention", best, q.device)
+    reasons = _why_no_kernel(q)
+    # lists of single queries are faster as a mask, which the torch backend makes of them
+    kernel_fits = not reasons and connectivity.tile > 1
+    chosen = resolve_backend(backend, "sparse_attention", q.device, kernel_fits=kernel_fits)
     if chosen == "triton" and reasons:
         raise ValueError(f"sparse_attention: backend='triton' {reasons}; use backend='torch' or 'auto'")
     with without_autocast(q.device):
@@ -90,10 +90,8 @@ def sparse_attention(
         return out
 
 
-def _why_no_kernel(q: Tensor, connectivity: Connectivity) -> str:
+def _why_no_kernel(q: Tensor) -> str:
     """Why the Triton kernels do not take these inputs; empty if they do."""
-    if connectivity.tile == 1:
-        return "needs lists shared by a tile, got tile=1"
     if q.dtype == torch.float64:
         return "computes in fp32, got fp64"
     if q.shape[-1] % 8 or q.shape[-1] > library.LARGEST_HEAD_DIM:

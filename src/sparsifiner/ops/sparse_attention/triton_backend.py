@@ -13,10 +13,10 @@ from sparsifiner.ops.sparse_attention.triton_backward import (
     key_gradients_kernel,
 )
 from sparsifiner.ops.sparse_attention.triton_forward import attend_kernel, missing_kernel
+from sparsifiner.ops.sparse_attention.triton_packing import PACKED_SIDE, PackedLists, pack_lists
 from sparsifiner.ops.triton_means import square_means
 
 _LOG2_E = 1.4426950408889634
-# Queries of one program; tiles of more are divided.
 _LARGEST_BLOCK_M = 128
 _BYTE = 255
 
@@ -27,7 +27,7 @@ class Problem:
 
     Attributes:
         layout: where the tokens lie.
-        tile: side of a tile of queries.
+        tile: side of a tile of queries that share a list; 1 for a list per query.
         summary: side of the windows, 0 for no summaries.
         scale: factor of the logits.
     """
@@ -43,6 +43,16 @@ class Problem:
         return self.layout.squares(self.tile)
 
     @property
+    def side(self) -> int:
+        """Side of the tile of queries that a program attends for; single queries are packed by tile."""
+        return PACKED_SIDE if self.tile == 1 else self.tile
+
+    @property
+    def tiles(self) -> int:
+        """Tiles per batch element and head."""
+        return self.layout.squares(self.side)
+
+    @property
     def windows(self) -> int:
         """Summary keys."""
         return self.layout.squares(self.summary) if self.summary else 0
@@ -52,24 +62,24 @@ class Problem:
         """Of the tokens of a window that a list lacks."""
         return torch.uint8 if self.summary**2 <= _BYTE else torch.int32
 
-    @property
-    def block_m(self) -> int:
-        """Queries of one program."""
-        return max(16, min(_LARGEST_BLOCK_M, triton.next_power_of_2(self.tile**2)))
+    def block_m(self, q: Tensor) -> int:
+        """Queries of one program; larger tiles are divided."""
+        largest = _LARGEST_BLOCK_M
+        if q.dtype == torch.float32:  # whose products take registers instead of matrix units
+            largest = 32 if q.shape[-1] <= 64 else 16
+        return max(16, min(largest, triton.next_power_of_2(self.side**2)))
 
-    @property
-    def parts(self) -> int:
+    def parts(self, q: Tensor) -> int:
         """Programs of one tile."""
-        return triton.cdiv(self.tile**2, self.block_m)
+        return triton.cdiv(self.side**2, self.block_m(q))
 
-    @property
-    def prefix_parts(self) -> int:
+    def prefix_parts(self, q: Tensor) -> int:
         """Programs of the prefix."""
-        return triton.cdiv(self.layout.prefix, self.block_m)
+        return triton.cdiv(self.layout.prefix, self.block_m(q))
 
-    def grid(self, pairs: int) -> tuple[int, int]:
+    def grid(self, q: Tensor) -> tuple[int, int]:
         """Programs: parts of the prefix and of all tiles, for each batch element and head."""
-        return self.prefix_parts + self.rows * self.parts, pairs
+        return self.prefix_parts(q) + self.tiles * self.parts(q), q.shape[0] * q.shape[1]
 
 
 def attend(
@@ -92,15 +102,15 @@ def attend(
     B, H, N, d = q.shape
     q, k, v, indices = _rows(q), _rows(k), _rows(v), indices.contiguous()
     means, missing = _summaries(k, v, indices, problem)
+    lists = _lists(indices, problem)
     out = torch.empty(B, N, H, d, dtype=q.dtype, device=q.device).transpose(1, 2)
     log_weight = torch.empty(B, H, N, dtype=torch.float32, device=q.device)
-    attend_kernel[problem.grid(B * H)](
-        *(q, k, v, indices, means[0], means[1], missing, out, log_weight),
+    attend_kernel[problem.grid(q)](
+        *(q, k, v, *lists, means[0], means[1], missing, out, log_weight),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
-        *(H, N, *problem.layout.grid, problem.layout.prefix, problem.rows, indices.shape[-1]),
+        *(H, N, *problem.layout.grid, problem.layout.prefix, problem.tiles, lists.indices.shape[-1]),
         *(problem.windows, problem.scale * _LOG2_E),
         **_blocks(q, problem),
-        num_warps=_warps(problem),
     )
     return out, log_weight, means, missing
 
@@ -135,31 +145,32 @@ def attend_backward(
     B, H, N, d = q.shape
     q, k, v, indices, d_out = _rows(q), _rows(k), _rows(v), indices.contiguous(), _rows(d_out)
     out, log_weight, means, missing = saved
-    keys, pairs = indices.shape[-1], B * H
+    lists = _lists(indices, problem)
+    keys, pairs = lists.indices.shape[-1], B * H
     d_q, d_k, d_v = (
         torch.empty(B, N, H, d, dtype=q.dtype, device=q.device).transpose(1, 2) for _ in range(3)
     )
-    entries = problem.rows * problem.parts * keys + problem.prefix_parts * N
+    parts = problem.parts(q)
+    entries = problem.tiles * parts * keys + problem.prefix_parts(q) * N
     sums = torch.zeros(2, pairs, N, d, dtype=torch.float32, device=q.device)
     mean_sums = torch.zeros(2, pairs, problem.windows, d, dtype=torch.float32, device=q.device)
     sent, mean_sent = sums, mean_sums
     if deterministic:
         sent = sums.new_empty(2, pairs, entries, d)
-        mean_sent = sums.new_empty(2, pairs, problem.rows * problem.parts, problem.windows, d)
-    attend_backward_kernel[problem.grid(pairs)](
-        *(q, k, v, indices, means[0], means[1], missing, out, log_weight, d_out, d_q),
+        mean_sent = sums.new_empty(2, pairs, problem.tiles * parts, problem.windows, d)
+    attend_backward_kernel[problem.grid(q)](
+        *(q, k, v, *lists, means[0], means[1], missing, out, log_weight, d_out, d_q),
         *(sent[0], sent[1], mean_sent[0], mean_sent[1]),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
         *(*d_out.stride()[:3], *d_q.stride()[:3]),
-        *(H, N, *problem.layout.grid, problem.layout.prefix, problem.rows, keys),
+        *(H, N, *problem.layout.grid, problem.layout.prefix, problem.tiles, keys),
         *(problem.windows, entries, problem.scale * _LOG2_E, problem.scale),
         **_blocks(q, problem),
         DETERMINISTIC=deterministic,
-        num_warps=_warps(problem),
     )
     block_d = _block_d(q)
     if deterministic:
-        order, first = _entries_by_token(indices, problem)
+        order, first = _entries_by_token(q, lists.indices, problem)
         add_entries_kernel[(N, pairs)](
             *(sent[0], sent[1], order, first, sums[0], sums[1], N, entries),
             HEAD_DIM=d,
@@ -195,17 +206,22 @@ def _summaries(k: Tensor, v: Tensor, indices: Tensor, problem: Problem) -> tuple
     return square_means(k, layout, side, v), missing
 
 
-def _entries_by_token(indices: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+def _entries_by_token(q: Tensor, indices: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """Which entries of the lists name each token: their order by token, and where each token begins."""
-    B, H, rows, keys = indices.shape
+    B, H, tiles, keys = indices.shape
     N = problem.layout.tokens
     every = torch.arange(N, device=indices.device)
     listed = torch.where(indices >= 0, indices, N).long().unsqueeze(3)
-    listed = listed.expand(B, H, rows, problem.parts, keys).reshape(B * H, -1)
-    prefix = every.repeat(problem.prefix_parts).expand(B * H, -1)
+    listed = listed.expand(B, H, tiles, problem.parts(q), keys).reshape(B * H, -1)
+    prefix = every.repeat(problem.prefix_parts(q)).expand(B * H, -1)
     token, order = torch.cat([listed, prefix], 1).sort(dim=1, stable=True)
     bounds = torch.arange(N + 1, device=indices.device).expand(B * H, -1).contiguous()
     return order, torch.searchsorted(token.contiguous(), bounds)
+
+
+def _lists(indices: Tensor, problem: Problem) -> PackedLists:
+    """One list per tile, with bits where every query has its own."""
+    return pack_lists(indices, problem.layout) if problem.tile == 1 else PackedLists(indices)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -219,16 +235,15 @@ def _block_d(q: Tensor) -> int:
 
 def _blocks(q: Tensor, problem: Problem) -> dict[str, int]:
     """Sizes that the kernels are compiled for."""
+    block_n = 32 if q.dtype == torch.float32 else 64
     return {
         "HEAD_DIM": q.shape[-1],
-        "TILE": problem.tile,
-        "PARTS": problem.parts,
-        "BLOCK_M": problem.block_m,
-        "BLOCK_N": 32 if q.dtype == torch.float32 else 64,
-        "BLOCK_W": max(16, min(64, triton.next_power_of_2(problem.windows))) if problem.windows else 16,
+        "TILE": problem.side,
+        "PARTS": problem.parts(q),
+        "BLOCK_M": problem.block_m(q),
+        "BLOCK_N": block_n,
+        "BLOCK_W": max(16, min(block_n, triton.next_power_of_2(max(1, problem.windows)))),
         "BLOCK_D": _block_d(q),
+        "PACKED": problem.tile == 1,
+        "num_warps": 8 if problem.block_m(q) == _LARGEST_BLOCK_M else 4,
     }
-
-
-def _warps(problem: Problem) -> int:
-    return 8 if problem.block_m == _LARGEST_BLOCK_M else 4

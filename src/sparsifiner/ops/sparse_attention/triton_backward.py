@@ -3,13 +3,19 @@
 import triton
 import triton.language as tl
 
-from sparsifiner.ops.sparse_attention.triton_forward import load_list, row_of_program, row_tokens
+from sparsifiner.ops.sparse_attention.triton_forward import (
+    list_bias,
+    load_list,
+    summary_bias,
+    tile_of_program,
+    tile_tokens,
+)
 
 
 @triton.jit
 def _key_gradients(query, key, value, bias, d_out, log_weight, delta, d_query, scale, slope):
     """One block of keys: what it adds to dq, and its own dk and dv from these queries."""
-    logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale + bias[None, :]
+    logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale + bias
     probability = tl.exp2(logits - log_weight[:, None])
     d_probability = tl.dot(d_out, tl.trans(value), input_precision="ieee")
     d_logits = (probability * (d_probability - delta[:, None]) * slope).to(query.dtype)
@@ -24,17 +30,19 @@ def attend_backward_kernel(
     q,  # [B, H, N, d]
     k,  # [B, H, N, d]
     v,  # [B, H, N, d]
-    indices,  # [B * H, rows, keys]
+    indices,  # [B * H, tiles, keys]
+    bits,  # int64 [B * H, tiles, keys] if PACKED, else None
+    lengths,  # [B * H, tiles] if PACKED, else None
     mean_k,  # [B * H, W, d]
     mean_v,  # [B * H, W, d]
-    missing,  # [B * H, rows, W]
+    missing,  # [B * H, tiles, W], or [B * H, patches, W] if PACKED
     out,  # [B, H, N, d]
     log_weight,  # fp32 [B * H, N]
     d_out,  # [B, H, N, d]
     d_q,  # [B, H, N, d]
     d_k,  # fp32 [B * H, N, d], or [B * H, entries, d] of every slot of every list
     d_v,  # likewise
-    d_mean_k,  # fp32 [B * H, W, d], or [B * H, rows * PARTS, W, d] of every program
+    d_mean_k,  # fp32 [B * H, W, d], or [B * H, tiles * PARTS, W, d] of every program
     d_mean_v,  # likewise
     q_batch, q_head, q_token,
     k_batch, k_head, k_token,
@@ -42,7 +50,7 @@ def attend_backward_kernel(
     o_batch, o_head, o_token,
     do_batch, do_head, do_token,
     dq_batch, dq_head, dq_token,
-    H, N, GRID_H, GRID_W, PREFIX, rows, keys, windows, entries, scale, slope,
+    H, N, GRID_H, GRID_W, PREFIX, tiles, keys, windows, entries, scale, slope,
     HEAD_DIM: tl.constexpr,
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
@@ -50,6 +58,7 @@ def attend_backward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PACKED: tl.constexpr,
     DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one tile, or of the prefix: dq, and what they send to their keys and summaries.
@@ -57,13 +66,14 @@ def attend_backward_kernel(
     What is sent is added up by atomics in an order that no one knows, or, if DETERMINISTIC, stored by slot
     and added up later. `scale` holds log2(e), `slope` does not.
     """
-    tile, part, is_prefix = row_of_program(rows, PARTS)
+    tile, part, is_prefix = tile_of_program(tiles, PARTS)
     pair = tl.program_id(1).to(tl.int64)
-    row = pair * rows + tile
+    row = pair * tiles + tile
     dim = tl.arange(0, BLOCK_D)[None, :]
     is_dim = dim < HEAD_DIM
 
-    token, is_query = row_tokens(tile, part, is_prefix, GRID_H, GRID_W, PREFIX, TILE, BLOCK_M)
+    member = part * BLOCK_M + tl.arange(0, BLOCK_M)
+    token, is_query = tile_tokens(tile, member, is_prefix, GRID_H, GRID_W, PREFIX, TILE)
     q += pair // H * q_batch + pair % H * q_head
     k += pair // H * k_batch + pair % H * k_head
     v += pair // H * v_batch + pair % H * v_head
@@ -80,19 +90,22 @@ def attend_backward_kernel(
     weight = tl.where(weight == -float("inf"), float("inf"), weight)
 
     d_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for start in range(0, tl.where(is_prefix == 1, N, keys), BLOCK_N):
+    length = tl.load(lengths + row) if PACKED else keys
+    for start in range(0, tl.where(is_prefix == 1, N, length), BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
-        index = load_list(indices + row * keys, slot, keys, N, is_prefix)
+        index = load_list(indices + row * keys, slot, length, N, is_prefix)
         listed = (index >= 0)[:, None] & is_dim
         at = index.to(tl.int64)[:, None]
         key = tl.load(k + at * k_token + dim, mask=listed, other=0.0)  # [BLOCK_N, BLOCK_D]
         value = tl.load(v + at * v_token + dim, mask=listed, other=0.0)
-        bias = tl.where(index >= 0, 0.0, -float("inf"))
+        bias = list_bias(
+            index, bits + row * keys if PACKED else None, slot, length, member, is_prefix, PACKED
+        )
         d_query, d_key, d_value = _key_gradients(
             query, key, value, bias, d_result, weight, delta, d_query, scale, slope
         )
         if DETERMINISTIC:
-            of_row = tl.where(is_prefix == 1, rows * PARTS * keys + part * N, (tile * PARTS + part) * keys)
+            of_row = tl.where(is_prefix == 1, tiles * PARTS * keys + part * N, (tile * PARTS + part) * keys)
             to = (pair * entries + of_row + slot)[:, None] * HEAD_DIM + dim
             tl.store(d_k + to, d_key, mask=listed)
             tl.store(d_v + to, d_value, mask=listed)
@@ -106,8 +119,7 @@ def attend_backward_kernel(
         is_window = (window < windows)[:, None] & is_dim
         key = tl.load(mean_k + at, mask=is_window, other=0.0)  # [BLOCK_W, BLOCK_D]
         value = tl.load(mean_v + at, mask=is_window, other=0.0)
-        count = tl.load(missing + row * windows + window, mask=window < windows, other=0)
-        bias = tl.log2(count.to(tl.float32))
+        bias = summary_bias(missing, row, token, PREFIX, GRID_H * GRID_W, pair, window, windows, PACKED)
         d_query, d_key, d_value = _key_gradients(
             query, key, value, bias, d_result, weight, delta, d_query, scale, slope
         )
