@@ -24,7 +24,7 @@ $(ready): requirements/dev.txt pyproject.toml tools/setup.sh
 
 # The same operations on a GPU, against the same reference.
 test-gpu: $(ready)
-	$(bin)/pytest tests/test_gpu.py
+	$(bin)/pytest tests/test_gpu.py tests/test_triton_models.py tests/ops
 
 # Pins every requirement anew; the file carries no registry addresses.
 lock:

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from sparsifiner.ops import select_topk
 from sparsifiner.ops.backend import HAS_TRITON
-from sparsifiner.ops.select import triton_backend
+from sparsifiner.ops.select import triton_backend, triton_pooled
+from tests.ops.cases import layout_of, make_qkv
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -96,6 +97,31 @@ def test_lowrank_scores_and_their_selection(rows, keys, basis_size, kept, budget
     assert torch.allclose(scores.cpu().double(), exact, rtol=2e-6, atol=1e-7, equal_nan=True)
     expected = select_topk(scores.cpu(), budget, forced=1, own=own, backend="reference")
     assert torch.equal(indices.cpu(), expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])])
+@pytest.mark.parametrize(
+    ("patches", "prefix", "tile", "head_dim", "budget"),
+    [(62, 1, 4, 16, 9), (62, 5, 8, 24, 20), (16, 0, 2, 8, 3), (196, 2, 14, 64, 30)],
+)
+@pytest.mark.parametrize("rows_at_once", [None, 3])
+def test_pooled_scores_and_their_selection(
+    dtype, patches, prefix, tile, head_dim, budget, rows_at_once, monkeypatch
+):
+    if rows_at_once:
+        monkeypatch.setattr(triton_pooled, "scratch_rows", lambda *sizes: rows_at_once)
+    layout = layout_of(patches, prefix)
+    q, k, _ = make_qkv(layout, head_dim=head_dim, batch=2, dtype=dtype, device=DEVICE)
+    own = layout.square_tokens(tile, q.device)
+    exact = layout.square_means(q[:, :, prefix:].double(), tile) @ k.double().mT
+    scores = torch.full_like(exact, torch.nan, dtype=torch.float32)
+    indices = triton_pooled.select_pooled(q, k, layout, tile, budget, prefix, own, scores)
+    # 16-bit inputs give means in their own dtype and scores in bf16
+    eps = 1e-6 if dtype == torch.float32 else torch.finfo(torch.bfloat16).eps
+    assert (scores - exact).abs().max() <= eps * exact.abs().max()
+    expected = select_topk(scores, budget, forced=prefix, own=own, backend="reference")
+    assert torch.equal(indices, expected)
 
 
 @needs_triton
