@@ -3,7 +3,7 @@
     python benchmarks/gpu_kernels.py
     python benchmarks/gpu_kernels.py --set BLOCK_N=128 num_warps=8    # attend and its backward, tuned by hand
 
-One op, pooled scorer, tile 8, 8x8 summaries, heads 6, head dim 64, bf16, q, k and v as views of one qkv tensor.
+One op, pooled scorer, tile 8, 8x8 summaries, heads 6, head dim 64, bf16, q, k and v views of one qkv tensor.
 Kernel times are the profiler's, medians over repeated calls on rotated inputs. Bytes are the fewest that a
 kernel can move through device memory, "sent" those that its programs ask of the L2 cache.
 """
