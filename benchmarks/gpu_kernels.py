@@ -64,7 +64,6 @@ def measure(
     layout = TokenLayout((side, side))
     N = layout.tokens
     budget = key_budget(keep, N, 0)
-    own = layout.square_tokens(TILE, torch.device("cuda"))
     sets = [
         torch.randn(batch, N, 3, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for _ in range(4)
@@ -75,7 +74,7 @@ def measure(
     def call() -> None:
         qkv = sets[next(turn) % len(sets)]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        indices = library.select_pooled(q.detach(), k.detach(), side, side, 0, TILE, budget, 0, own)
+        indices = library.select_pooled(q.detach(), k.detach(), side, side, 0, TILE, budget, 0)
         out = library.attend(q, k, v, indices, side, side, 0, TILE, SUMMARY, HEAD_DIM**-0.5)[0]
         torch.autograd.grad(out, qkv, upstream)
 

@@ -1,13 +1,17 @@
 """Every backend of the selection against the reference: the same sets, whatever the scores."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsifiner.config import make_config
 from sparsifiner.ops import select_topk
 from sparsifiner.ops.backend import HAS_TRITON
-from sparsifiner.ops.select import triton_backend, triton_pooled
+from sparsifiner.ops.select import triton_backend, triton_lowrank, triton_pooled
+from sparsifiner.scorers import ListSpec, LowRankScorer
 from tests.ops.cases import layout_of, make_qkv
 
 GPU = torch.cuda.is_available()
@@ -62,7 +66,7 @@ def test_many_keys(backend, budget):
 @needs_triton
 @pytest.mark.parametrize("budget", [1, 3, 37, 70])
 def test_rows_longer_than_a_block(budget, monkeypatch):
-    monkeypatch.setattr(triton_backend, "_LARGEST_BLOCK", 16)
+    monkeypatch.setattr(triton_backend, "LARGEST_BLOCK", 16)
     for seed in range(3):
         assert_equals_reference(special_scores(seed, 4, 70, 5), budget, "triton", forced=1)
     assert_equals_reference(torch.randn(1, 2, 3, 70), budget, "triton")
@@ -78,25 +82,52 @@ def test_rows_without_a_score_take_their_own_tokens(backend):
         assert torch.equal(actual.cpu(), expected)
 
 
+def lowrank_scorer(layout, head_dim, basis, kept):
+    """A scorer with weights of the size that training leaves."""
+    config = make_config("paper", basis=basis, coef_topk=kept)
+    scorer = LowRankScorer(layout, 2, head_dim, config).to(DEVICE)
+    with torch.no_grad():
+        scorer.up.copy_(torch.rand_like(scorer.up) * (torch.rand_like(scorer.up) > 0.5))
+        for weight in (
+            scorer.query.weight,
+            scorer.query.bias,
+            scorer.key.weight,
+            scorer.key.bias,
+            scorer.down,
+        ):
+            weight.normal_(std=0.3)
+    return scorer
+
+
 @needs_triton
 @pytest.mark.parametrize(
-    ("rows", "keys", "basis_size", "kept", "budget"),
-    [(5, 9, 4, 2, 3), (37, 62, 32, 8, 7), (10, 197, 32, 8, 20), (3, 40, 6, 6, 40), (1, 1, 1, 1, 1)],
+    ("patches", "prefix", "tile", "head_dim", "basis", "kept", "budget"),
+    [(4, 1, 1, 8, 4, 2, 3), (62, 0, 1, 16, 32, 8, 7), (196, 5, 4, 64, 32, 8, 20), (62, 2, 8, 24, 6, 6, 64)],
 )
-def test_lowrank_scores_and_their_selection(rows, keys, basis_size, kept, budget):
-    coefficients = torch.randn(2, 3, rows, basis_size).softmax(-1)
-    coefficients[0, 0, 0] = torch.nan
-    basis = torch.rand(basis_size, keys) * (torch.rand(basis_size, keys) > 0.5)
-    own = torch.arange(rows).unsqueeze(1).clamp(max=keys - 1)
-    largest = coefficients.double().topk(kept, -1)
-    exact = torch.zeros_like(coefficients).double().scatter_(-1, largest.indices, largest.values)
-    exact = exact @ basis.double()
-    inputs = [x.to(DEVICE) for x in (coefficients, basis)]
-    scores = torch.full_like(exact, torch.nan, dtype=torch.float32, device=DEVICE)
-    indices = triton_backend.select_lowrank(*inputs, kept, budget, 1, own.to(DEVICE), scores=scores)
-    assert torch.allclose(scores.cpu().double(), exact, rtol=2e-6, atol=1e-7, equal_nan=True)
-    expected = select_topk(scores.cpu(), budget, forced=1, own=own, backend="reference")
-    assert torch.equal(indices.cpu(), expected)
+def test_lowrank_scores_and_their_selection(patches, prefix, tile, head_dim, basis, kept, budget):
+    layout = layout_of(patches, prefix)
+    scorer = lowrank_scorer(layout, head_dim, basis, kept)
+    q, k, _ = make_qkv(layout, head_dim=head_dim, batch=2, device=DEVICE)
+    q[0, 0, -1] = torch.nan
+    spec = ListSpec(layout, tile, min(budget, layout.tokens), 0, 1.0)
+    exact = copy.deepcopy(scorer).double().scores(q.double(), k.double(), spec)
+    scores = torch.full_like(exact, torch.nan, dtype=torch.float32)
+    with torch.no_grad():
+        weights = triton_lowrank.LowRankWeights(
+            *(scorer.query.weight, scorer.query.bias, scorer.key.weight, scorer.key.bias),
+            *(scorer.down, scorer.basis(layout).mT),
+        )
+        indices = triton_lowrank.select_lowrank(
+            *(q, k, weights, layout, tile),
+            temperature=scorer.temperature,
+            coef_topk=kept,
+            budget=spec.budget,
+            forced=0,
+            scores=scores,
+        )
+    assert torch.allclose(scores.double(), exact, rtol=2e-5, atol=2e-6, equal_nan=True)
+    own = layout.square_tokens(tile, q.device)
+    assert torch.equal(indices, select_topk(scores, spec.budget, own=own, backend="reference"))
 
 
 @needs_triton
@@ -113,13 +144,15 @@ def test_pooled_scores_and_their_selection(
         monkeypatch.setattr(triton_pooled, "scratch_rows", lambda *sizes: rows_at_once)
     layout = layout_of(patches, prefix)
     q, k, _ = make_qkv(layout, head_dim=head_dim, batch=2, dtype=dtype, device=DEVICE)
+    q[1, 1, -1] = torch.nan
     own = layout.square_tokens(tile, q.device)
     exact = layout.square_means(q[:, :, prefix:].double(), tile) @ k.double().mT
     scores = torch.full_like(exact, torch.nan, dtype=torch.float32)
-    indices = triton_pooled.select_pooled(q, k, layout, tile, budget, prefix, own, scores)
+    indices = triton_pooled.select_pooled(q, k, layout, tile, budget, prefix, scores)
     # 16-bit inputs give means in their own dtype and scores in bf16
     eps = 1e-6 if dtype == torch.float32 else torch.finfo(torch.bfloat16).eps
-    assert (scores - exact).abs().max() <= eps * exact.abs().max()
+    assert torch.equal(scores.isnan(), exact.isnan())
+    assert (scores - exact).nan_to_num().abs().max() <= eps * exact.nan_to_num().abs().max()
     expected = select_topk(scores, budget, forced=prefix, own=own, backend="reference")
     assert torch.equal(indices, expected)
 
@@ -136,6 +169,10 @@ def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch):
 def test_operators():
     scores, own = torch.randn(1, 2, 3, 9, device=DEVICE), torch.arange(3, device=DEVICE).unsqueeze(1)
     torch.library.opcheck(torch.ops.sparsifiner.select_topk, (scores, 4, 1, own))
-    torch.library.opcheck(
-        torch.ops.sparsifiner.select_lowrank, (scores[..., :3].softmax(-1), scores[0, 0], 2, 4, 1, own)
-    )
+    q, k, _ = make_qkv(layout_of(16, 1), device=DEVICE)
+    torch.library.opcheck(torch.ops.sparsifiner.select_pooled, (q, k, 4, 4, 1, 2, 5, 1))
+    scorer = lowrank_scorer(layout_of(16, 1), 16, 4, 2)
+    weights = [scorer.query.weight, scorer.query.bias, scorer.key.weight, scorer.key.bias, scorer.down]
+    weights = [weight.detach() for weight in (*weights, scorer.up.mT)]
+    sizes = (4, 4, 1, 2, 0.5, 2, 5, 1)
+    torch.library.opcheck(torch.ops.sparsifiner.select_lowrank, (q, k, *weights, *sizes))

@@ -11,7 +11,7 @@ BACKENDS = ("reference", "torch", "triton")
 HAS_TRITON = find_spec("triton") is not None
 
 # Kernels that were measured to be faster on a GPU than operations of torch: "auto" takes these.
-_FASTER_IN_TRITON = frozenset({"select_topk", "select_lowrank"})
+_FASTER_IN_TRITON = frozenset({"select_topk"})
 
 _logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ LARGEST_HEAD_DIM = 128
 
 if HAS_TRITON:
     from sparsifiner.ops.select import triton_backend as triton_select
-    from sparsifiner.ops.select import triton_pooled
+    from sparsifiner.ops.select import triton_lowrank, triton_pooled
     from sparsifiner.ops.sparse_attention import triton_backend as triton_attention
 
 
@@ -32,15 +32,56 @@ def _(scores: Tensor, budget: int, forced: int, own: Tensor) -> Tensor:
 
 @torch.library.custom_op("sparsifiner::select_lowrank", mutates_args=())
 def select_lowrank(
-    coefficients: Tensor, basis: Tensor, coef_topk: int, budget: int, forced: int, own: Tensor
+    q: Tensor,
+    k: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor,
+    down: Tensor,
+    basis: Tensor,
+    grid_height: int,
+    grid_width: int,
+    prefix: int,
+    tile: int,
+    temperature: float,
+    coef_topk: int,
+    budget: int,
+    forced: int,
 ) -> Tensor:
-    """Lists of the scores C̃ Ũᵀ; coefficients [B, H, rows, K], basis [K, N], own [rows, m]."""
-    return triton_select.select_lowrank(coefficients, basis, coef_topk, budget, forced, own)
+    """Lists of the low-rank predictor's scores; q and k [B, H, N, d], weights as `LowRankWeights`."""
+    weights = (query_weight, query_bias, key_weight, key_bias, down, basis)
+    return triton_lowrank.select_lowrank(
+        *(q, k, triton_lowrank.LowRankWeights(*weights)),
+        *(TokenLayout((grid_height, grid_width), prefix), tile),
+        temperature=temperature,
+        coef_topk=coef_topk,
+        budget=budget,
+        forced=forced,
+    )
 
 
 @select_lowrank.register_fake
-def _(coefficients: Tensor, basis: Tensor, coef_topk: int, budget: int, forced: int, own: Tensor) -> Tensor:
-    return coefficients.new_empty((*coefficients.shape[:-1], budget), dtype=torch.int32)
+def _(
+    q: Tensor,
+    k: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor,
+    down: Tensor,
+    basis: Tensor,
+    grid_height: int,
+    grid_width: int,
+    prefix: int,
+    tile: int,
+    temperature: float,
+    coef_topk: int,
+    budget: int,
+    forced: int,
+) -> Tensor:
+    rows = TokenLayout((grid_height, grid_width), prefix).squares(tile)
+    return q.new_empty((*q.shape[:2], rows, budget), dtype=torch.int32)
 
 
 @torch.library.custom_op("sparsifiner::select_pooled", mutates_args=())
@@ -53,11 +94,10 @@ def select_pooled(
     tile: int,
     budget: int,
     forced: int,
-    own: Tensor,
 ) -> Tensor:
-    """Lists of the scores tile-mean q · k; q and k [B, H, N, d], own [rows, m]."""
+    """Lists of the scores tile-mean q · k; q and k [B, H, N, d]."""
     layout = TokenLayout((grid_height, grid_width), prefix)
-    return triton_pooled.select_pooled(q, k, layout, tile, budget, forced, own)
+    return triton_pooled.select_pooled(q, k, layout, tile, budget, forced)
 
 
 @select_pooled.register_fake
@@ -70,7 +110,6 @@ def _(
     tile: int,
     budget: int,
     forced: int,
-    own: Tensor,
 ) -> Tensor:
     rows = TokenLayout((grid_height, grid_width), prefix).squares(tile)
     return q.new_empty((*q.shape[:2], rows, budget), dtype=torch.int32)
@@ -208,13 +247,19 @@ def _(
     **unused: Any,
 ) -> int:
     B, H, N, d = q
-    return 2 * B * H * TokenLayout((grid_height, grid_width), prefix).squares(tile) * N * d
+    return 2 * int(B * H * TokenLayout((grid_height, grid_width), prefix).squares(tile) * N * d)
 
 
 @register_flop_formula(torch.ops.sparsifiner.select_lowrank)
-def _(coefficients: torch.Size, basis: torch.Size, coef_topk: int, *rest: Any, **unused: Any) -> int:
-    B, H, rows, _ = coefficients
-    return 2 * B * H * rows * coef_topk * basis[1]
+def _(q: torch.Size, k: torch.Size, query_weight: torch.Size, *rest: Any, **unused: Any) -> int:
+    B, H, N, d = q
+    down, (grid_height, grid_width, prefix, tile, _, coef_topk) = rest[3], rest[5:11]
+    rows = TokenLayout((grid_height, grid_width), prefix).squares(tile)
+    reduced_dim, basis = query_weight[0], down[1]
+    # W_downᵀ k comes first, so keys are projected after they were summed up
+    key_down = N * basis * d + basis * d * reduced_dim
+    rows_of_scores = rows * (d * reduced_dim + basis * reduced_dim + coef_topk * N)
+    return 2 * int(B * H * (key_down + rows_of_scores))
 
 
 def _problem(

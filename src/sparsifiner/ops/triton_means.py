@@ -1,5 +1,6 @@
 """Means over squares of patches in Triton: of queries over tiles, of keys and values over windows."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -7,7 +8,14 @@ from torch import Tensor
 from sparsifiner.layout import TokenLayout
 
 
-def square_means(x: Tensor, layout: TokenLayout, side: int, other: Tensor | None = None) -> Tensor:
+def square_means(
+    x: Tensor,
+    layout: TokenLayout,
+    side: int,
+    other: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """As `TokenLayout.square_means`, prefix included in the input, for one or two tensors in one launch.
 
     Args:
@@ -15,13 +23,14 @@ def square_means(x: Tensor, layout: TokenLayout, side: int, other: Tensor | None
         layout: where the tokens lie.
         side: side of a square in patches.
         other: a second tensor of the same shape and dtype, with contiguous rows.
+        dtype: of the means, that of `x` by default; they are accumulated in fp32.
 
     Returns:
-        [1 or 2, B, H, squares, d] in the dtype of `x`, accumulated in fp32.
+        [1 or 2, B, H, squares, d].
     """
     B, H, _, d = x.shape
     inputs = [x] if other is None else [x, other]
-    means = x.new_empty(len(inputs), B, H, layout.squares(side), d)
+    means = x.new_empty(len(inputs), B, H, layout.squares(side), d, dtype=dtype or x.dtype)
     block_d = max(16, triton.next_power_of_2(d))
     square_means_kernel[(layout.squares(side), B * H, len(inputs))](
         *(inputs[0], inputs[-1], means, *inputs[0].stride()[:3], *inputs[-1].stride()[:3]),

@@ -90,14 +90,13 @@ class Scorer(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} has nothing to learn; train a low-rank scorer")
 
-    def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec, own: Tensor) -> Tensor | None:
+    def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec) -> Tensor | None:
         """Lists from Triton kernels that keep the scores to themselves; None where scores must be written.
 
         Args:
             q: [B, H, N, d] unscaled queries, prefix included.
             k: [B, H, N, d] keys.
             spec: the lists wanted.
-            own: [rows, m], the tokens that each row stands for, -1 last.
 
         Returns:
             int32 [B, H, rows, k] as `select_topk` gives.
@@ -126,14 +125,14 @@ class Scorer(nn.Module):
         B, H = q.shape[:2]
         chunk_elements = _CHUNK_ELEMENTS.get(q.device.type, _CHUNK_ELEMENTS["cuda"])
         chunk = max(1, chunk_elements // max(1, B * H * self.elements_per_row(spec)))
-        own = spec.layout.square_tokens(spec.tile, q.device)
         # scores are compared in fp32, so autocast must not round them
         with without_autocast(q.device):
             backend = best_backend(self.FUSED_OP, q.device) if spec.backend == "auto" else spec.backend
             if backend == "triton":
-                fused = self.fused_lists(q, k, spec, own)
+                fused = self.fused_lists(q, k, spec)
                 if fused is not None:
                     return Connectivity(fused, spec.layout.grid, spec.tile, spec.layout.prefix)
+            own = spec.layout.square_tokens(spec.tile, q.device)
             scores = self.row_scores(q, k, spec)
             lists = [
                 select_topk(

@@ -11,7 +11,7 @@ from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import library
-from sparsifiner.ops.library import LOWRANK_TOKENS
+from sparsifiner.ops.library import LARGEST_HEAD_DIM, LOWRANK_TOKENS
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
 
@@ -133,14 +133,19 @@ class LowRankScorer(Scorer):
 
         return scores
 
-    def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec, own: Tensor) -> Tensor | None:
+    def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec) -> Tensor | None:
         """See `Scorer.fused_lists`."""
-        if self.legacy or spec.layout.tokens > LOWRANK_TOKENS:
+        layout = spec.layout
+        fits = layout.tokens <= LOWRANK_TOKENS and q.shape[-1] <= LARGEST_HEAD_DIM
+        if self.legacy or q.dtype == torch.float64 or not fits:
             return None
-        coefficients = self.coefficients(q, k, spec.layout, spec.tile).float()
-        basis = self.basis(spec.layout).float().mT.contiguous()
+        projections = (self.query.weight, self.query.bias, self.key.weight, self.key.bias)
+        basis = self.basis(layout).mT
+        weights = (each.float() for each in (*projections, self._resampled_down(layout), basis))
         kept = min(self.coef_topk, basis.shape[0])
-        listed: Tensor = library.select_lowrank(coefficients, basis, kept, spec.budget, spec.forced, own)
+        geometry = (*layout.grid, layout.prefix, spec.tile)
+        sizes = (self.temperature, kept, spec.budget, spec.forced)
+        listed: Tensor = library.select_lowrank(q, k, *weights, *geometry, *sizes)
         return listed
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:

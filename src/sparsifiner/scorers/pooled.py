@@ -23,13 +23,13 @@ class PooledScorer(Scorer):
         key = k.to(accurate).mT
         return lambda start, stop: query[:, :, start:stop] @ key
 
-    def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec, own: Tensor) -> Tensor | None:
+    def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec) -> Tensor | None:
         """See `Scorer.fused_lists`."""
         if q.dtype == torch.float64 or q.shape[-1] > library.LARGEST_HEAD_DIM or spec.tile == 1:
             return None
         layout = spec.layout
         geometry = (*layout.grid, layout.prefix, spec.tile)
-        listed: Tensor = library.select_pooled(q, k, *geometry, spec.budget, spec.forced, own)
+        listed: Tensor = library.select_pooled(q, k, *geometry, spec.budget, spec.forced)
         return listed
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:

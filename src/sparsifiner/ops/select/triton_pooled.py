@@ -6,12 +6,12 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsifiner.layout import TokenLayout
-from sparsifiner.ops.select.triton_backend import launch_select
+from sparsifiner.ops.select.triton_backend import OwnTokens, launch_select
 from sparsifiner.ops.triton_means import square_means
 
-# Scores that exist at once, as a share of the bytes of q, k and v, and in bytes where those are few.
+# Scores that exist at once: at least these bytes, or this share of those of q, k and v.
+_SCRATCH_BYTES = 6 * 2**20
 _SCRATCH_SHARE = 1 / 16
-_SCRATCH_BYTES = 32 * 2**20
 _ALIGNMENT = 8
 
 
@@ -22,7 +22,6 @@ def select_pooled(
     tile: int,
     budget: int,
     forced: int,
-    own: Tensor,
     scores: Tensor | None = None,
 ) -> Tensor:
     """Lists of the keys with the largest products with the mean query of a tile.
@@ -36,7 +35,6 @@ def select_pooled(
         tile: side of a tile in patches.
         budget: list length.
         forced: the first keys, in every list.
-        own: integer [rows, m], the tokens that each row stands for, -1 last.
         scores: [B, H, rows, N] to write the scores to, for tests.
 
     Returns:
@@ -51,23 +49,27 @@ def select_pooled(
     dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
     chunk = max(1, scratch_rows(3 * q.numel() * q.element_size(), stride * dtype.itemsize))
     # whole heads where they fit, else parts of one
-    heads, part = max(1, chunk // rows), min(rows, chunk)
+    heads = max(1, chunk // rows)
+    part = triton.cdiv(rows, triton.cdiv(rows, chunk))
+    own = OwnTokens(layout=layout, side=tile)
     scratch = torch.empty(min(heads, pairs) * part, stride, dtype=dtype, device=q.device)
-    block_t = max(16, min(64, triton.next_power_of_2(part)))
+    # products of fp32 take registers instead of matrix units
+    largest = (32, 64) if dtype == torch.float32 else (64, 128)
+    block_t, block_n = max(16, min(largest[0], triton.next_power_of_2(part))), largest[1]
     for pair in range(0, pairs, heads):
         count = min(heads, pairs - pair)
         for first in range(0, rows, part):
             size = min(part, rows - first)
-            pooled_scores_kernel[(triton.cdiv(N, 128), triton.cdiv(size, block_t), count)](
+            pooled_scores_kernel[(triton.cdiv(N, block_n), triton.cdiv(size, block_t), count)](
                 *(mean_q, k, scratch, pair, first, size, H, N, rows, *k.stride()[:3], stride, part),
                 HEAD_DIM=d,
                 BLOCK_T=block_t,
-                BLOCK_N=128,
+                BLOCK_N=block_n,
                 BLOCK_D=max(16, triton.next_power_of_2(d)),
             )
             at = pair * rows + first
             listed = indices.view(-1, budget)[at : at + (count - 1) * rows + size]
-            launch_select(scratch, listed, own, N=N, forced=forced, first_row=first)
+            launch_select(scratch, listed, own, rows=rows, N=N, forced=forced, first_row=first)
             if scores is not None:
                 scores.view(-1, N)[at : at + len(listed)] = scratch[: len(listed), :N]
     return indices
@@ -75,7 +77,7 @@ def select_pooled(
 
 def scratch_rows(input_bytes: int, row_bytes: int) -> int:
     """Rows of scores that exist at once."""
-    return int(max(_SCRATCH_SHARE * input_bytes, min(_SCRATCH_BYTES, input_bytes / 4)) // row_bytes)
+    return int(max(_SCRATCH_SHARE * input_bytes, _SCRATCH_BYTES) // row_bytes)
 
 
 @triton.jit

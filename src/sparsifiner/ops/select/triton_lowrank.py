@@ -1,0 +1,235 @@
+"""The low-rank predictor and the selection from its scores, which never reach memory, in Triton."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparsifiner.layout import TokenLayout
+from sparsifiner.ops.select.triton_backend import (
+    LARGEST_BLOCK,
+    OwnTokens,
+    program_shape,
+    score_codes,
+    write_lists,
+)
+from sparsifiner.ops.triton_means import square_means
+
+# Keys that one program sums up for k_down; a head of more is divided.
+_SUMMED_KEYS = 512
+
+
+class LowRankWeights(NamedTuple):
+    """The predictor's parameters at the size of the input, fp32.
+
+    Attributes:
+        query_weight: W_q [c, d].
+        query_bias: b_q [c].
+        key_weight: W_k [c, d].
+        key_bias: b_k [c].
+        down: W_down [N, K].
+        basis: Ũᵀ [K, N].
+    """
+
+    query_weight: Tensor
+    query_bias: Tensor
+    key_weight: Tensor
+    key_bias: Tensor
+    down: Tensor
+    basis: Tensor
+
+
+def select_lowrank(
+    q: Tensor,
+    k: Tensor,
+    weights: LowRankWeights,
+    layout: TokenLayout,
+    tile: int,
+    *,
+    temperature: float,
+    coef_topk: int,
+    budget: int,
+    forced: int,
+    scores: Tensor | None = None,
+) -> Tensor:
+    """Lists of the scores C̃ Ũᵀ.
+
+    Args:
+        q: [B, H, N, d] queries, fp32, bf16 or fp16; strided views will do.
+        k: [B, H, N, d] keys.
+        weights: the predictor's.
+        layout: where the tokens lie; N at most `LARGEST_BLOCK`.
+        tile: side of a tile in patches.
+        temperature: factor of the coefficients' logits.
+        coef_topk: coefficients of a row that are kept.
+        budget: list length.
+        forced: the first keys, in every list.
+        scores: fp32 [B, H, rows, N] to write the scores to, for tests.
+
+    Returns:
+        int32 [B, H, rows, budget], ascending, -1 last.
+    """
+    B, H, N, _ = q.shape
+    assert triton.next_power_of_2(N) <= LARGEST_BLOCK
+    coefficients = lowrank_coefficients(q, k, weights, layout, tile, temperature)
+    K, rows = coefficients.shape[-1], layout.squares(tile)
+    own = OwnTokens(layout=layout, side=tile)
+    indices = torch.empty(B, H, rows, budget, dtype=torch.int32, device=q.device)
+    shape = program_shape(N, budget, own)
+    select_lowrank_kernel[(triton.cdiv(B * H * rows, shape["ROWS"]),)](
+        *(coefficients, weights.basis.contiguous(), indices, scores, *own.arguments()),
+        *(B * H * rows, rows, N, K, coef_topk, budget, forced),
+        BLOCK_BASIS=triton.next_power_of_2(K),
+        WRITE_SCORES=scores is not None,
+        **shape,
+    )
+    return indices
+
+
+def lowrank_coefficients(
+    q: Tensor, k: Tensor, weights: LowRankWeights, layout: TokenLayout, tile: int, temperature: float
+) -> Tensor:
+    """C, all K coefficients of every row: fp32 [B, H, rows, K], see `LowRankScorer.coefficients`."""
+    B, H, N, d = q.shape
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    c, K = weights.query_weight.shape[0], weights.down.shape[1]
+    rows, prefix = layout.squares(tile), layout.prefix
+    # W_downᵀ k, by parts of a head; the projection of keys commutes with it
+    parts = triton.cdiv(N, _SUMMED_KEYS)
+    blocks = {
+        "HEAD_DIM": d,
+        "BLOCK_D": max(16, triton.next_power_of_2(d)),
+        "BLOCK_BASIS": max(16, triton.next_power_of_2(K)),
+    }
+    sums = torch.empty(B * H, parts, K, d, dtype=torch.float32, device=q.device)
+    sum_keys_kernel[(parts, B * H)](
+        *(k, weights.down.contiguous(), sums, *k.stride()[:3], H, N, K, _SUMMED_KEYS), BLOCK_N=32, **blocks
+    )
+    query = q[:, :, prefix:] if tile == 1 else square_means(q, layout, tile, dtype=torch.float32)[0]
+    coefficients = torch.empty(B, H, rows, K, dtype=torch.float32, device=q.device)
+    coefficients_kernel[(triton.cdiv(rows, 64), B * H)](
+        *(query, sums, weights.down.sum(0), *(weight.contiguous() for weight in weights[:4]), coefficients),
+        *(*query.stride()[:3], H, rows, K, c, parts, temperature),
+        BLOCK_R=64,
+        BLOCK_C=max(16, triton.next_power_of_2(c)),
+        **blocks,
+    )
+    return coefficients
+
+
+@triton.jit
+def sum_keys_kernel(
+    k,  # [B, H, N, d]
+    down,  # fp32 [N, K]
+    sums,  # fp32 [B * H, parts, K, d]
+    k_batch, k_head, k_token, H, N, K, part_keys,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_BASIS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One part of a head: its share of W_downᵀ k."""
+    part, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    k += pair // H * k_batch + pair % H * k_head
+    base, dim = tl.arange(0, BLOCK_BASIS), tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_BASIS, BLOCK_D], tl.float32)
+    for start in range(part * part_keys, tl.minimum((part + 1) * part_keys, N), BLOCK_N):
+        token = start + tl.arange(0, BLOCK_N)
+        mask = (token < N)[:, None] & (dim < HEAD_DIM)[None, :]
+        at = token.to(tl.int64)[:, None] * k_token + dim[None, :]
+        key = tl.load(k + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
+        at = token[None, :] * K + base[:, None]
+        mask = (token < N)[None, :] & (base < K)[:, None]
+        weight = tl.load(down + at, mask=mask, other=0.0)  # [BLOCK_BASIS, BLOCK_N]
+        total = tl.dot(weight, key, acc=total, input_precision="ieee")
+    at = ((pair * tl.num_programs(0) + part) * K + base[:, None]) * HEAD_DIM + dim[None, :]
+    tl.store(sums + at, total, mask=(base < K)[:, None] & (dim < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def coefficients_kernel(
+    query,  # [B, H, rows, d]
+    sums,  # fp32 [B * H, parts, K, d]
+    down_sum,  # fp32 [K]
+    query_weight,  # fp32 [c, d]
+    query_bias,  # fp32 [c]
+    key_weight,  # fp32 [c, d]
+    key_bias,  # fp32 [c]
+    coefficients,  # fp32 [B * H, rows, K]
+    q_batch, q_head, q_row, H, rows, K, c, parts, temperature,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_BASIS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_R rows of one head: softmax over the basis of q' k_downᵀ."""
+    pair = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    base, dim, reduced = tl.arange(0, BLOCK_BASIS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
+    is_dim = (dim < HEAD_DIM)[None, :]
+    total = tl.zeros([BLOCK_BASIS, BLOCK_D], tl.float32)
+    for part in range(parts):
+        at = ((pair * parts + part) * K + base[:, None]) * HEAD_DIM + dim[None, :]
+        total += tl.load(sums + at, mask=(base < K)[:, None] & is_dim, other=0.0)
+    mask = (reduced < c)[:, None] & is_dim
+    at = reduced[:, None] * HEAD_DIM + dim[None, :]
+    weight = tl.load(key_weight + at, mask=mask, other=0.0)  # [BLOCK_C, BLOCK_D]
+    bias = tl.load(key_bias + reduced, mask=reduced < c, other=0.0)
+    share = tl.load(down_sum + base, mask=base < K, other=0.0)
+    key_down = tl.dot(total, tl.trans(weight), input_precision="ieee") + share[:, None] * bias[None, :]
+
+    query += pair // H * q_batch + pair % H * q_head
+    at_query = row.to(tl.int64)[:, None] * q_row + dim[None, :]
+    x = tl.load(query + at_query, mask=(row < rows)[:, None] & is_dim, other=0.0).to(tl.float32)
+    weight = tl.load(query_weight + at, mask=mask, other=0.0)
+    bias = tl.load(query_bias + reduced, mask=reduced < c, other=0.0)
+    reduced_query = tl.dot(x, tl.trans(weight), input_precision="ieee") + bias[None, :]  # [BLOCK_R, BLOCK_C]
+
+    logits = tl.dot(reduced_query, tl.trans(key_down), input_precision="ieee") * temperature
+    logits = tl.where((base < K)[None, :], logits, -float("inf"))  # [BLOCK_R, BLOCK_BASIS]
+    weight = tl.exp(logits - tl.max(logits, 1)[:, None])
+    result = weight / tl.sum(weight, 1)[:, None]
+    to = (pair * rows + row)[:, None] * K + base[None, :]
+    tl.store(coefficients + to, result, mask=(row < rows)[:, None] & (base < K)[None, :])
+
+
+@triton.jit
+def select_lowrank_kernel(
+    coefficients,  # fp32 [B * H * rows, K]
+    basis,  # fp32 [K, N]
+    indices,  # [B * H * rows, k]
+    scores,  # fp32 [B * H * rows, N] or None
+    own,  # None
+    m, GRID_H, GRID_W, PREFIX, total, rows, N, K, coef_topk, k, forced,
+    OWN_SIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_BASIS: tl.constexpr,
+    WRITE_SCORES: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows: their largest coefficients one by one, lowest index first, each times its basis row."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    is_row = row < total
+    key = tl.arange(0, BLOCK)[None, :]
+    base = tl.arange(0, BLOCK_BASIS)[None, :]
+    weight = tl.load(coefficients + row[:, None] * K + base, mask=is_row[:, None] & (base < K), other=-1.0)
+    score = tl.zeros([ROWS, BLOCK], tl.float32)
+    for _ in range(coef_topk):
+        largest = tl.max(weight, 1)
+        # rows that hold NaN have no largest one, and their scores become NaN
+        at = tl.minimum(tl.min(tl.where(weight == largest[:, None], base, BLOCK_BASIS), 1), K - 1)
+        part = tl.load(basis + at[:, None] * N + key, mask=is_row[:, None] & (key < N), other=0.0)
+        score += tl.sum(tl.where(base == at[:, None], weight, 0.0), 1)[:, None] * part
+        weight = tl.where(base == at[:, None], -1.0, weight)
+    if WRITE_SCORES:
+        tl.store(scores + row[:, None] * N + key, score, mask=is_row[:, None] & (key < N))
+    code = score_codes(score, key, N, forced, 0)
+    own_row = (row % rows).to(tl.int32)
+    write_lists(
+        code, key, indices + row * k, own_row, is_row,
+        own, m, GRID_H, GRID_W, PREFIX, N, k, forced, 0, OWN_SIDE, BLOCK_K,
+    )  # fmt: skip
