@@ -1,14 +1,12 @@
 """Accuracy and timing against small cases worked out by hand."""
 
 import math
-import time
 
 import pytest
 import torch
 from torch import nn
 
 from sparsifiner.measure.accuracy import evaluate
-from sparsifiner.measure.timing import time_in_turns
 
 
 class Fixed(nn.Module):
@@ -52,17 +50,3 @@ def test_accuracy_alone():
 def test_no_images_is_an_error():
     with pytest.raises(ValueError, match="no image to evaluate"):
         evaluate(Fixed(DENSE), [], progress=False)
-
-
-def test_functions_take_turns_and_are_told_apart():
-    calls = []
-
-    def slow():
-        calls.append("slow")
-        time.sleep(0.02)
-
-    times = time_in_turns({"slow": slow, "quick": lambda: calls.append("quick")}, runs=3, warmup=1)
-    assert calls == ["slow", "quick"] * 4
-    assert times["slow"].low_ms >= 20
-    assert times["slow"].low_ms <= times["slow"].median_ms <= times["slow"].high_ms
-    assert times["quick"].median_ms < times["slow"].median_ms

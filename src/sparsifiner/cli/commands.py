@@ -14,6 +14,7 @@ from accelerate import PartialState
 from sparsifiner.cli.options import DataOptions, ModelOptions, SparsityOptions, WeightOptions
 from sparsifiner.data import ImageSet, evaluation_transform, make_loader, open_images
 from sparsifiner.demo import run_demo
+from sparsifiner.device import choose_device
 from sparsifiner.measure.accuracy import Accuracy
 from sparsifiner.measure.accuracy import evaluate as evaluate_accuracy
 from sparsifiner.measure.macs import count_macs
@@ -101,7 +102,7 @@ def evaluate(
         json: print JSON.
     """
     config = sparsity.to_config()
-    chosen = _choose_device(device)
+    chosen = choose_device(device)
     images = open_images(data, split, limit=limit)
     arguments = dict(model.model_args or {})
     if weights.weights is None and not weights.pretrained:
@@ -252,18 +253,6 @@ def _random_start(weights: WeightOptions, model: torch.nn.Module) -> str | None:
     expected = getattr(model, "pretrained_cfg", {}).get("num_classes")
     actual = getattr(model, "num_classes", None)
     return None if expected == actual else f"the pretrained head has {expected} classes and not {actual}"
-
-
-def _choose_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device={device!r} cannot be used here ({reason}); try cpu") from error
-    return chosen
 
 
 def _print_accuracy(accuracy: Accuracy) -> None:
