@@ -1,0 +1,130 @@
+"""Rows of measurements: where they come from, and files that keep them."""
+
+import csv
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from sparsifiner.files import write_aside
+
+Row = dict[str, Any]
+
+
+def provenance(device: torch.device | str) -> Row:
+    """Device, versions and commit; COMMIT names it where there is no git, None where nothing does."""
+    device = torch.device(device)
+    cpu = f"{platform.machine()} CPU with {torch.backends.cpu.get_cpu_capability()}"
+    name = f"{cpu}, {torch.get_num_threads()} threads"
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "triton": _version_of("triton"),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "commit": os.environ.get("COMMIT") or _commit(),
+    }
+
+
+def command_of(name: str, *groups: object, renamed: Mapping[str, str] | None = None) -> str:
+    """The command line that measures this again: the options that are not the defaults.
+
+    Args:
+        name: words of the command.
+        *groups: dataclasses whose fields are options.
+        renamed: options that have another name than their field.
+    """
+    words = ["sparsifiner", *name.split()]
+    for group in groups:
+        assert dataclasses.is_dataclass(group)
+        for field in dataclasses.fields(group):
+            value, default = getattr(group, field.name), field.default
+            if field.default_factory is not dataclasses.MISSING:
+                default = field.default_factory()
+            if value != default:
+                words += _words_of((renamed or {}).get(field.name, field.name).replace("_", "-"), value)
+    return shlex.join(words)
+
+
+def _words_of(flag: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    if isinstance(value, list | tuple):
+        return [f"--{flag}", *(str(each) for each in value)]
+    if value is None:
+        return [f"--{flag}", "none"]
+    return [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def read_rows(file: Path) -> list[Row]:
+    """The rows of a file, [] where there is none yet.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not file.exists():
+        return []
+    try:
+        rows = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} cannot be read as rows of measurements ({error}); move it away") from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{file} holds no list of rows of measurements; move it away")
+    return rows
+
+
+def append_rows(file: Path, rows: list[Row]) -> list[Row]:
+    """Adds rows to a JSON list, written aside and renamed, so that nothing is lost half-way.
+
+    Returns:
+        All rows of the file.
+    """
+    every = read_rows(file) + rows
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(every, indent=1) + "\n"
+    write_aside(file, lambda aside: aside.write_text(text))
+    return every
+
+
+def write_csv(file: Path, rows: list[Row]) -> None:
+    """Writes rows as a table, one column for every key that any of them has; lists are written as JSON."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+
+    def write(aside: Path) -> None:
+        with aside.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, columns)
+            writer.writeheader()
+            for row in rows:
+                nested = {key: json.dumps(each) for key, each in row.items() if isinstance(each, list | dict)}
+                writer.writerow(row | nested)
+
+    write_aside(file, write)
+
+
+def _version_of(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of this code, if git keeps it."""
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
+    try:
+        # an environment may lie inside of another repository
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
+        head = [*git, "rev-parse", "--short", "HEAD"]
+        return subprocess.run(head, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
