@@ -1,0 +1,160 @@
+"""Whether a backend computes what the reference does: nothing is timed before it does."""
+
+import copy
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsifiner.connectivity import Connectivity
+from sparsifiner.ops import sparse_attention
+from sparsifiner.patch import sparse_layers, sparsify
+from sparsifiner.scorers import ListSpec, Scorer
+
+# Up to here the reference computes in fp64; beyond it only where fp32 itself is judged.
+_DOUBLE_TOKENS = 4096
+# Rounded scores swap keys around the threshold, a wrong selection swaps most.
+_LEAST_AGREEMENT = 0.9
+# One minus the cosine of logits that rounding explains.
+_LEAST_COSINE = {torch.bfloat16: 0.999, torch.float16: 0.999, torch.float32: 0.9999}
+
+
+class ParityError(RuntimeError):
+    """A backend computes something else than the reference."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a backend is from the reference.
+
+    Attributes:
+        error: the largest relative error (Frobenius norm) of the output and, if asked for, of the gradients.
+        budget: what was allowed for that quantity.
+        agreement: share of the keys that the reference lists which the backend lists too.
+    """
+
+    error: float
+    budget: float
+    agreement: float
+
+
+def check_operation(
+    scorer: Scorer,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    spec: ListSpec,
+    summary: int | None,
+    upstream: Tensor | None = None,
+) -> Parity:
+    """Compares selection and attention with the reference, on the last head of the last batch element.
+
+    The backend computes all heads and batch elements, as it does when it is timed. The reference computes
+    in fp64, or in fp32 for 16-bit inputs of more than 4,096 tokens. The relative error ‖x - r‖ / ‖r‖ in the
+    Frobenius norm may be max(2 · error of the reference in the dtype of the inputs, 2 · eps of that dtype).
+
+    Args:
+        scorer: chooses the keys.
+        inputs: q, k and v, each [B, H, N, d].
+        spec: the lists wanted; its backend is checked.
+        summary: side of the summary windows, or None.
+        upstream: gradient of the output [B, H, N, d] with which to check those of q, k and v, or None.
+
+    Raises:
+        ParityError: the backend is further off than that.
+    """
+    q, k, _ = inputs
+    connectivity = scorer(q, k, spec)
+    last = Connectivity(connectivity.indices[-1:, -1:], spec.layout.grid, spec.tile, spec.layout.prefix)
+    expected = scorer(q[-1:, -1:], k[-1:, -1:], replace(spec, backend="reference"))
+    where = f"N={spec.layout.tokens}, {str(q.dtype).removeprefix('torch.')}; nothing was timed"
+    agreement = _agreement(last.indices, expected.indices, spec.layout.tokens)
+    if not agreement >= _LEAST_AGREEMENT:
+        raise ParityError(
+            f"backend={spec.backend!r} lists {100 * agreement:.1f} % of the keys that the reference lists, "
+            f"at least {100 * _LEAST_AGREEMENT:.0f} % are needed ({where})"
+        )
+    computed = _results(inputs, connectivity, summary, spec.backend, upstream)
+    actual = [each[-1:, -1:] for each in computed]
+    sliced = [each[-1:, -1:] for each in inputs]
+    gradient = None if upstream is None else upstream[-1:, -1:]
+    rounded = _results(sliced, last, summary, "reference", gradient)
+    accurate = torch.float64
+    if spec.layout.tokens > _DOUBLE_TOKENS and q.dtype != torch.float32:
+        accurate = torch.float32
+    exact = _results(
+        [each.to(accurate) for each in sliced],
+        last,
+        summary,
+        "reference",
+        None if gradient is None else gradient.to(accurate),
+    )
+    worst = Parity(0.0, math.inf, agreement)
+    names = ("output", "gradient of q", "gradient of k", "gradient of v")
+    for name, value, single, double in zip(names, actual, rounded, exact, strict=False):
+        error = _relative_error(value, double)
+        budget = max(2 * _relative_error(single, double), 2 * torch.finfo(q.dtype).eps)
+        if not error <= budget:
+            raise ParityError(
+                f"backend={spec.backend!r}: the {name} differs from the reference by {error:.2e} (relative, "
+                f"Frobenius norm), allowed are {budget:.2e} ({where})"
+            )
+        if error / budget >= worst.error / worst.budget:
+            worst = Parity(error, budget, agreement)
+    return worst
+
+
+@torch.no_grad()
+def check_model(model: nn.Module, image: Tensor) -> float:
+    """Compares the logits of a sparse model with those of its reference backend.
+
+    Args:
+        model: a sparse model in evaluation mode.
+        image: [1, 3, H, W] in the model's dtype.
+
+    Returns:
+        Their cosine.
+
+    Raises:
+        ParityError: it is below .999 in 16 bits, or below .9999 in fp32.
+    """
+    config = sparse_layers(model)[0].config
+    reference = sparsify(copy.deepcopy(model), replace(config, backend="reference"))
+    cosine = F.cosine_similarity(model(image).double(), reference(image).double()).item()
+    least = _LEAST_COSINE[image.dtype]
+    if not cosine >= least:
+        raise ParityError(
+            f"backend={config.backend!r}: the logits at {image.shape[-1]} px have a cosine of {cosine:.5f} "
+            f"with those of backend='reference', at least {least} is needed; nothing was timed"
+        )
+    return cosine
+
+
+def _results(
+    inputs: tuple[Tensor, Tensor, Tensor] | list[Tensor],
+    connectivity: Connectivity,
+    summary: int | None,
+    backend: str,
+    upstream: Tensor | None,
+) -> list[Tensor]:
+    """The output and, with `upstream`, the gradients of q, k and v."""
+    q, k, v = (each.detach().requires_grad_(upstream is not None) for each in inputs)
+    out = sparse_attention(q, k, v, connectivity, summary, backend=backend)
+    if upstream is None:
+        return [out]
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), upstream)]
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    difference = actual.double() - expected.double()
+    return float(difference.norm() / expected.double().norm())
+
+
+def _agreement(actual: Tensor, expected: Tensor, tokens: int) -> float:
+    """Share of the keys in `expected` [1, 1, rows, k] that `actual` holds, row by row."""
+    masks = []
+    for indices in (actual, expected):
+        mask = torch.zeros(indices.shape[2], tokens + 1, dtype=torch.bool, device=indices.device)
+        slots = torch.where(indices >= 0, indices, tokens)[0, 0].long()
+        masks.append(mask.scatter_(1, slots, True)[:, :tokens])
+    return float((masks[0] & masks[1]).sum() / masks[1].sum())

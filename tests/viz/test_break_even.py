@@ -1,0 +1,55 @@
+"""The break-even plot draws what is ours, the latest of it, and the line at 1."""
+
+import itertools
+from xml.etree import ElementTree
+
+from sparsifiner.viz.break_even import _lines, write_break_even
+
+ROW = {
+    "benchmark": "ops",
+    "part": "everything",
+    "measure": "forward",
+    "tokens": 256,
+    "batch": 8,
+    "keep": 0.1,
+    "summary": 8,
+    "dtype": "bf16",
+    "scorer": "pooled",
+    "device": "GPU",
+    "ratio": 0.5,
+}
+
+
+def test_the_latest_row_counts_and_other_parts_are_not_drawn():
+    rows = [ROW, ROW | {"ratio": 0.7}, ROW | {"part": "dense: sdpa"}, ROW | {"ratio": None, "tokens": 9}]
+    assert _lines(rows, "tokens") == {"forward, bf16, pooled, GPU": [ROW | {"ratio": 0.7}]}
+
+
+def test_the_faster_of_sparse_and_compiled_sparse_is_drawn():
+    sparse = ROW | {"part": "sparse", "ratio": 1.2}
+    rows = [sparse, ROW | {"part": "sparse compiled", "ratio": 1.1}]
+    assert list(_lines(rows, "tokens").values()) == [[sparse]]
+
+
+def test_keep_and_batch_may_change_along_a_line_but_not_within_a_size():
+    larger = ROW | {"tokens": 1024, "batch": 2, "keep": 0.05}
+    assert list(_lines([larger, ROW], "tokens").values()) == [[ROW, larger]]
+    lines = _lines([ROW, ROW | {"keep": 0.25}, larger], "tokens")
+    assert [label.rpartition(", ")[2] for label in lines] == ["keep 0.1", "keep 0.25", "keep 0.05"]
+
+
+def test_the_plot_is_the_same_file_each_time(tmp_path):
+    rows = [
+        ROW | {"tokens": tokens, "measure": measure, "ratio": tokens / 300}
+        for tokens, measure in itertools.product((256, 1024), ("forward", "forward + backward"))
+    ]
+    for name in ("a.svg", "b.svg"):
+        write_break_even(tmp_path / name, rows, "ops")
+    root = ElementTree.parse(tmp_path / "a.svg").getroot()
+    assert root.tag.endswith("svg")
+    assert "slower than dense" in (tmp_path / "a.svg").read_text()
+
+
+def test_a_plot_without_points_is_drawn(tmp_path):
+    write_break_even(tmp_path / "empty.svg", [], "model")
+    ElementTree.parse(tmp_path / "empty.svg")
