@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sparsifiner.cli import COMMANDS, main
+from sparsifiner.ops.sparse_attention import torch_backend
 
 TINY = ["--model", "deit_tiny_patch16_224", "--img-size", "32"]
 TINY_ARGS = '{"patch_size": 4, "depth": 2, "embed_dim": 48, "num_classes": 10}'
@@ -105,13 +107,122 @@ def test_eval_of_a_config_file(capsys, tmp_path, weights):
 def test_help_is_complete(capsys):
     code, out, _ = run(capsys, "--help")
     assert code == 0
-    for name in COMMANDS:
+    for name, given in COMMANDS.items():
         assert name in out
-        code, help_text, _ = run(capsys, name, "--help")
+        group = {"": given} if callable(given) else given
+        commands = {f"{name} {word}": command for word, command in group.items()}
+        for words, command in commands.items():
+            code, help_text, _ = run(capsys, *words.split(), "--help")
+            assert code == 0
+            parameters = []
+            for each in inspect.signature(command).parameters.values():
+                is_group = dataclasses.is_dataclass(each.annotation)
+                fields = [field.name for field in dataclasses.fields(each.annotation)] if is_group else []
+                parameters += fields if is_group else [each.name]
+            for parameter in parameters:
+                assert re.search(rf"--{parameter}\b[^\n]*\s+[\w\"]", help_text), parameter
+
+
+def test_group_help_names_its_commands(capsys):
+    code, out, _ = run(capsys, "bench", "--help")
+    assert code == 0
+    assert "{model,ops}" in out
+
+
+class TestBench:
+    OPS = (
+        *(
+            "bench",
+            "ops",
+            "--grid",
+            4,
+            6,
+            "--batch-size",
+            1,
+            "--heads",
+            2,
+            "--head-dim",
+            16,
+            "--dtype",
+            "fp32",
+        ),
+        *("--keep", 0.5, 0.3, "--tile", 2, "--summary", 2, "--device", "cpu", "--runs", 2, "--warmup", 0),
+    )
+    MODEL = (
+        *("bench", "model", "--model", "deit_tiny_patch16_224", "--img-size", 64, "--batch-size", 1),
+        *(
+            "--model-args",
+            '{"depth": 1}',
+            "--dtype",
+            "fp32",
+            "--no-compile",
+            "--device",
+            "cpu",
+            "--keep",
+            0.3,
+        ),
+        *("--tile", 2, "--runs", 2, "--warmup", 0),
+    )
+
+    def test_ops_prints_json_and_keeps_rows(self, capsys, tmp_path):
+        for _ in range(2):
+            code, out, _ = run(capsys, *self.OPS, "--json", "--output", tmp_path / "new")
+            assert code == 0
+        rows = json.loads(out)
+        assert {row["keep"] for row in rows} == {0.5, 0.3}
+        assert len(json.loads((tmp_path / "new" / "results.json").read_text())) == 2 * len(rows)
+        assert str(tmp_path) not in rows[0]["command"]
+        assert rows[0]["command"].split()[1:8] == ["bench", "ops", "--grid", "4", "6", "--batch-size", "1"]
+
+    def test_ops_prints_a_table(self, capsys):
+        code, out, _ = run(capsys, *self.OPS)
         assert code == 0
-        signature = inspect.signature(COMMANDS[name]).parameters.values()
-        for parameter in [each.name for each in signature if not dataclasses.is_dataclass(each.annotation)]:
-            assert re.search(rf"--{parameter}\b[^\n]*\s+\w", help_text), parameter
+        assert "N = 16, 2 heads of 16, batch 1, fp32, keep 0.5" in out
+        assert out.count("fastest dense\n") == 2
+        assert "left out: compiled kernels need a GPU" in out
+
+    def test_the_command_of_a_row_runs(self, capsys):
+        _, out, _ = run(capsys, *self.MODEL, "--json")
+        row = json.loads(out)[0]
+        code, out, _ = run(capsys, *shlex.split(row["command"])[1:], "--json")
+        assert code == 0
+        assert json.loads(out)[0]["command"] == row["command"]
+
+    def test_model_reads_a_config_file(self, capsys, tmp_path):
+        config = tmp_path / "bench.yaml"
+        config.write_text(
+            "model: deit_tiny_patch16_224\nmodel_args: {depth: 1}\nimg_size: [64, 80]\nbatch_size: [2, 1]\n"
+            "dtype: fp32\ncompile: false\nlatency: false\ndevice: cpu\n"
+            "keep: [0.3]\ntile: 2\nruns: 2\nwarmup: 0\n"
+        )
+        code, out, _ = run(capsys, "bench", "model", "--config", config, "--output", tmp_path)
+        assert code == 0
+        assert "deit_tiny_patch16_224, 80 px, N = 26, batch 1, fp32, keep [0.3]" in out
+        assert (tmp_path / "break_even_model.svg").exists()
+
+    def test_a_wrong_backend_exits_1_and_prints_no_times(self, capsys, monkeypatch, tmp_path):
+        right = torch_backend.sparse_attention
+        monkeypatch.setattr(torch_backend, "sparse_attention", lambda *args: 1.1 * right(*args))
+        code, out, err = run(capsys, *self.OPS, "--output", tmp_path)
+        assert code == 1
+        assert out == ""
+        assert "error: backend='auto': the output differs from the reference by 1.00e-01" in err
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([*OPS, "--batch-size", 1, 2, 3], "batch_size has 3 entries, but grid has 2"),
+            ([*OPS, "--keep", 0], "keep must lie in (0, 1]"),
+            ([*OPS, "--device", "abacus"], "device='abacus' cannot be used here"),
+            ([*MODEL, "--preset", "dense"], "preset='dense' takes no sparsity options"),
+            (["bench", "model", "--preset", "dense"], "preset='dense' leaves nothing to compare"),
+            ([*MODEL, "--img-size", 50], "img_size=50 is not a multiple of the patch size 16"),
+            ([*MODEL, "--runs", 1], "runs must be at least 2"),
+        ],
+    )
+    def test_impossible_options_are_one_line_and_exit_2(self, capsys, arguments, message):
+        check_error(run(capsys, *arguments), message)
 
 
 def test_module_runs_as_a_program():

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 import sparsifiner
+from sparsifiner.config import make_config
+from sparsifiner.measure.bench_model import ModelBenchmark, benchmark_model
+from sparsifiner.measure.bench_ops import EVERYTHING, FORWARD, OpsBenchmark, benchmark_operations
 from sparsifiner.ops import select_topk, sparse_attention
 from tests.models import make_images, make_model
 from tests.ops.cases import assert_within_budget, largest_terms, layout_of, make_connectivity, make_qkv
@@ -66,3 +69,34 @@ def test_model_on_the_gpu_equals_the_cpu(scorer):
     with torch.no_grad():
         expected = model(images)
         assert (model.cuda()(images.cuda()).cpu() - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("scorer", ["pooled", "lowrank"])
+def test_operations_are_timed_as_graphs(scorer):
+    settings = OpsBenchmark(grid=16, batch_size=2, scorer=scorer, backward=True, runs=3, device="cuda")
+    (rows,) = benchmark_operations(settings)
+    named = {(row["part"], row["measure"]): row for row in rows}
+    assert all(row["graph"] for row in rows if row["left_out"] is None)
+    assert named["dense: flash", FORWARD]["left_out"] is None
+    assert named["flex attention", FORWARD]["left_out"] is None
+    everything = named[EVERYTHING, FORWARD]
+    assert everything["ratio"] > 0
+    assert everything["memory_bytes"] > 0
+
+
+def test_models_and_training_steps_are_timed_as_graphs():
+    settings = ModelBenchmark(
+        model="deit_tiny_patch16_224",
+        model_args={"depth": 2},
+        img_size=256,
+        batch_size=2,
+        train=True,
+        runs=3,
+        device="cuda",
+    )
+    (rows,) = benchmark_model(settings, make_config("fast", keep=0.2))
+    assert len(rows) == 12
+    for row in rows:
+        assert row["left_out"] is None
+        assert row["graph"]
+        assert row["memory_bytes"] > 0

@@ -4,15 +4,25 @@ import dataclasses
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from sparsifiner import __version__
+from sparsifiner.cli.bench import bench_model, bench_ops
 from sparsifiner.cli.commands import demo, evaluate, macs, train
+from sparsifiner.measure.parity import ParityError
 
-COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "eval": evaluate, "macs": macs, "train": train}
+Command = Callable[..., None]
+COMMANDS: dict[str, Command | dict[str, Command]] = {
+    "bench": {"model": bench_model, "ops": bench_ops},
+    "demo": demo,
+    "eval": evaluate,
+    "macs": macs,
+    "train": train,
+}
+_GROUP_HELP = {"bench": "Times operations or whole models, sparse against dense."}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,16 +32,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name, `sys.argv` by default.
 
     Returns:
-        The exit code: 0, or 2 after an error of the user's, which is printed in one line.
+        The exit code: 0, 2 after an error of the user's, or 1 where a backend is not what the reference is;
+        errors are printed in one line.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("sparsifiner").setLevel(logging.INFO)
     given = sys.argv[1:] if arguments is None else arguments
     parser = _make_parser()
-    options = parser.parse_args([_with_underscores(argument) for argument in given])
-    command = COMMANDS[options.subcommand]
+    options = parser.parse_args(_join_lists([_with_underscores(argument) for argument in given]))
     try:
-        command(**_bind(command, parser.instantiate(options)[options.subcommand]))
+        command, chosen = _choose(COMMANDS, parser.instantiate(options))
+        command(**_bind(command, chosen))
+    except ParityError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -48,8 +62,18 @@ def _make_parser() -> ArgumentParser:
         epilog="Options may be written with dashes or underscores.",
     )
     parser.add_argument("--version", action="version", version=f"sparsifiner {__version__}")
+    _add_commands(parser, COMMANDS)
+    return parser
+
+
+def _add_commands(parser: ArgumentParser, commands: Mapping[str, Command | Mapping[str, Command]]) -> None:
     subcommands = parser.add_subcommands()
-    for name, function in COMMANDS.items():
+    for name, function in commands.items():
+        if not callable(function):
+            group_parser = ArgumentParser(description=_GROUP_HELP[name])
+            subcommands.add_subcommand(name, group_parser, help=_GROUP_HELP[name])
+            _add_commands(group_parser, function)  # the outer level must know it first
+            continue
         summary = (inspect.getdoc(function) or "").partition("\n")[0]
         command = ArgumentParser(description=summary)
         command.add_argument("--config", action="config", help="YAML file of these options")
@@ -60,7 +84,14 @@ def _make_parser() -> ArgumentParser:
         command.add_function_arguments(function, skip={*groups, *_flags(function)})
         _add_flags(command, function)
         subcommands.add_subcommand(name, command, help=summary)
-    return parser
+
+
+def _choose(
+    commands: Mapping[str, Command | Mapping[str, Command]], options: Namespace
+) -> tuple[Command, Namespace]:
+    """The command that was given, and its options."""
+    chosen, own = commands[options.subcommand], options[options.subcommand]
+    return (chosen, own) if callable(chosen) else _choose(chosen, own)
 
 
 def _option_groups(function: Callable[..., None]) -> dict[str, Any]:
@@ -78,7 +109,10 @@ def _add_flags(parser: ArgumentParser, source: Callable[..., Any]) -> None:
     documented = {line.split(":")[0].strip(): line for line in (inspect.getdoc(source) or "").splitlines()}
     for name in sorted(_flags(source)):
         text = documented[name].partition(":")[2].strip().rstrip(".:")
-        parser.add_argument(f"--{name}", action="store_true", help=text)
+        if inspect.signature(source).parameters[name].default is True:
+            parser.add_argument(f"--{name}", action=ActionYesNo, default=True, help=text)
+        else:
+            parser.add_argument(f"--{name}", action="store_true", help=text)
 
 
 def _bind(command: Callable[..., None], options: Namespace) -> dict[str, Any]:
@@ -97,3 +131,26 @@ def _with_underscores(argument: str) -> str:
         return argument
     name, equals, value = argument[2:].partition("=")
     return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _join_lists(arguments: Sequence[str]) -> list[str]:
+    """`--keep 0.5 0.1` as `--keep [0.5,0.1]`: no option takes more than one number otherwise."""
+    joined: list[str] = []
+    numbers: list[str] = []
+    for argument in [*arguments, "--"]:
+        if joined and joined[-1].startswith("--") and _is_number(argument):
+            numbers.append(argument)
+            continue
+        if numbers:
+            joined.append(numbers[0] if len(numbers) == 1 else f"[{','.join(numbers)}]")
+            numbers = []
+        joined.append(argument)
+    return joined[:-1]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
