@@ -17,9 +17,9 @@ Every figure here was written by `python benchmarks/report.py` from the measurem
 
 
 def load(name: str, *setting: str) -> list[dict[str, Any]]:
-    """The latest row of each setting."""
+    """The latest row of each setting; a setting that a row does not name is None."""
     rows = json.loads((RESULTS / f"{name}.json").read_text())
-    return list({tuple(str(row[key]) for key in setting): row for row in rows}.values())
+    return list({tuple(str(row.get(key)) for key in setting): row for row in rows}.values())
 
 
 def source_of(rows: list[dict[str, Any]]) -> str:
@@ -99,7 +99,7 @@ def training() -> str:
     """One table per suite, if its rows are there."""
     if not (RESULTS / "training.json").exists():
         return ""
-    rows = load("training", "suite", "keep", "seed")
+    rows = load("training", "suite", "keep", "variant", "seed")
     sections = [
         """## After training
 
@@ -117,7 +117,8 @@ beside up to as many other runs on the same device as it says. One seed, last we
             control, speed = row["against_control"], row["images_per_second"]
             before = row["top1_after_reconstruct"]
             body.append([
-                "dense control" if row["keep"] is None else f"{row['keep']:g}",
+                ("dense control" if row["keep"] is None else f"{row['keep']:g}")
+                + (f", {row['variant']}" if row.get("variant") else ""),
                 f"{row['dense_top1'] if before is None else before:.2f}",
                 f"{row['top1']:.2f}",
                 "" if row["keep"] is None else f"{control['difference']:+.2f} ± {control['interval']:.2f}",

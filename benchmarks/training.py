@@ -7,6 +7,7 @@
 Every model is trained and evaluated by the commands that users have; a row keeps its command. Runs are
 resumed where they stopped, rows of finished ones are written at once. Rows may be divided among GPUs (`--rows
 control 0.5` on one, `--rows 0.1` on another, each with an --output of its own) once the control is trained.
+Other designs are rows of their own: `--variant oracle --sparsity "--scorer oracle"`.
 """
 
 import argparse
@@ -77,6 +78,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--output", type=Path, default=RESULTS / "training.json")
     parser.add_argument("--options", default="", help="more options for every training")
+    parser.add_argument(
+        "--sparsity", default="", help="more options of the sparse models, such as --basis 64"
+    )
+    parser.add_argument("--variant", help="name of what the options make different, for rows of their own")
     options = parser.parse_args()
     config, teacher_config, keeps = SUITES[options.suite]
     data = ["--data", options.data] if options.data else []
@@ -94,13 +99,15 @@ def main() -> None:
     rows = options.rows or ["control", *keeps]
     for keep in [None if row == "control" else float(row) for row in rows]:
         name = "control" if keep is None else f"keep_{keep:g}"
+        name += f"_{options.variant}" if options.variant else ""
         output = options.runs / f"{options.suite}_{name}"
-        sparsity = dense if keep is None else ["--keep", keep]
+        sparse_options = [] if keep is None else shlex.split(options.sparsity)
+        sparsity = dense if keep is None else ["--keep", keep, *sparse_options]
         records, command = train(config, output, data, *weights, *sparsity, *more)
         # the evaluation runs in fp32
-        given = (
-            ["--preset", "dense"] if keep is None else ["--preset", "paper", "--keep", keep, "--mask-recall"]
-        )
+        given = ["--preset", "dense"]
+        if keep is not None:
+            given = ["--preset", "paper", "--keep", keep, *sparse_options, "--mask-recall"]
         last = output / "last.safetensors"
         to_control = evaluate(config, last, data, *given, "--dense-weights", control / "last.safetensors")
         to_teacher = evaluate(config, last, data, *given, "--dense-weights", teacher)
@@ -115,6 +122,7 @@ def main() -> None:
         row = {
             "suite": options.suite,
             "keep": keep,
+            "variant": options.variant,
             "seed": settings["seed"],
             "epochs": {stage["name"]: stage["epochs"] for stage in settings["stages"]},
             "amp": settings["amp"],
