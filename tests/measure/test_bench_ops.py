@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 
 from sparsifiner.measure import rivals
 from sparsifiner.measure.bench_ops import BACKWARD, EVERYTHING, FORWARD, OpsBenchmark, benchmark_operations
@@ -135,6 +136,7 @@ class TestRivals:
         masked = rivals.masked_dense_attention(torch.zeros(2, 2, 9, 9, dtype=torch.bool))
         torch.testing.assert_close(masked(q, k, v), results[0])
 
+    @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
     @pytest.mark.parametrize("tokens", [256, 1000])
     def test_random_blocks_have_the_density(self, tokens):
         blocks, density = rivals.random_blocks(tokens, 0.4, torch.Generator().manual_seed(0))
@@ -143,6 +145,10 @@ class TestRivals:
         mask = blocks.to_dense()
         assert mask.shape[-2:] == (side, side)
         assert (mask.sum(-1) == density * side).all()
+        q, k, v = torch.randn(3, 1, 2, tokens, 16).unbind()
+        pairs = mask[0, 0].bool().repeat_interleave(128, 0).repeat_interleave(128, 1)[:tokens, :tokens]
+        expected = rivals.masked_dense_attention(~pairs)(q, k, v)
+        torch.testing.assert_close(flex_attention(q, k, v, block_mask=blocks), expected)
 
     def test_squares_that_are_too_large_are_not_made(self, monkeypatch):
         monkeypatch.setitem(rivals.LARGEST_SQUARE, "cpu", 100)

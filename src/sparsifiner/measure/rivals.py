@@ -84,12 +84,20 @@ def random_blocks(tokens: int, density: float, generator: torch.Generator) -> tu
     order = chance.argsort(-1).int()
     order[..., :kept] = order[..., :kept].sort(-1).values
     count = torch.full((1, 1, side), kept, dtype=torch.int32, device=generator.device)
+    listed = torch.zeros(side, side, dtype=torch.bool, device=generator.device)
+    listed.scatter_(1, order[0, 0, :, :kept].long(), True)
+
+    # kernels ask it in no block, since all are whole; without kernels it is the mask
+    def is_listed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return listed[query // FLEX_BLOCK, key // FLEX_BLOCK]
+
     blocks = BlockMask.from_kv_blocks(
         torch.zeros_like(count),
         order,
         full_kv_num_blocks=count,
-        full_kv_indices=order,
+        full_kv_indices=order.clone(),  # compiled code takes one tensor under one name only
         BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=is_listed,
         seq_lengths=(tokens, tokens),
     )
     return blocks, kept / side
