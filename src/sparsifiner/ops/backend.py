@@ -29,7 +29,7 @@ def resolve_backend(backend: str, op: str, device: torch.device, *, kernel_fits:
         ValueError: `backend` is unknown, or does not run here.
     """
     if backend == "auto":
-        best = best_backend(op, device) if kernel_fits else "torch"
+        best = _best_backend(op, device) if kernel_fits else "torch"
         if not torch.compiler.is_compiling():  # compiled code cannot log
             _say_choice(op, best, device.type)
         return best
@@ -44,7 +44,7 @@ def resolve_backend(backend: str, op: str, device: torch.device, *, kernel_fits:
     return backend
 
 
-def best_backend(op: str, device: torch.device) -> str:
+def _best_backend(op: str, device: torch.device) -> str:
     """What "auto" takes for an operation."""
     return "triton" if HAS_TRITON and device.type == "cuda" and op in _FASTER_IN_TRITON else "torch"
 

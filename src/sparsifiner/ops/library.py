@@ -1,5 +1,6 @@
 """Our kernels as operators of torch, so that autograd, compilers, exporters and flop counters see them."""
 
+import contextlib
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from sparsifiner.ops.backend import HAS_TRITON
 # Keys that the fused low-rank selection takes: a row of scores must fit in the registers of a program.
 LOWRANK_TOKENS = 16_384
 LARGEST_HEAD_DIM = 128
+# Batch elements times heads: they take the second axis of a launch.
+LARGEST_PAIRS = 65_535
 
 if HAS_TRITON:
     from sparsifiner.ops.select import triton_backend as triton_select
@@ -19,10 +22,22 @@ if HAS_TRITON:
     from sparsifiner.ops.sparse_attention import triton_backend as triton_attention
 
 
+def why_no_kernel(q: Tensor) -> str:
+    """Why the Triton kernels do not take queries [B, H, N, d]; empty if they do."""
+    if q.dtype == torch.float64:
+        return "computes in fp32, got fp64"
+    if q.shape[-1] % 8 or q.shape[-1] > LARGEST_HEAD_DIM:
+        return f"takes head dims that are multiples of 8 up to {LARGEST_HEAD_DIM}, got {q.shape[-1]}"
+    if q.shape[0] * q.shape[1] > LARGEST_PAIRS:
+        return f"takes at most {LARGEST_PAIRS} heads in a batch, got {q.shape[0]} x {q.shape[1]}"
+    return ""
+
+
 @torch.library.custom_op("sparsifiner::select_topk", mutates_args=())
 def select_topk(scores: Tensor, budget: int, forced: int, own: Tensor) -> Tensor:
     """See `sparsifiner.ops.select_topk`; scores [B, H, rows, N], own [rows, m]."""
-    return triton_select.select_topk(scores, budget, forced, own)
+    with _device_of(scores):
+        return triton_select.select_topk(scores, budget, forced, own)
 
 
 @select_topk.register_fake
@@ -51,14 +66,15 @@ def select_lowrank(
 ) -> Tensor:
     """Lists of the low-rank predictor's scores; q and k [B, H, N, d], weights as `LowRankWeights`."""
     weights = (query_weight, query_bias, key_weight, key_bias, down, basis)
-    return triton_lowrank.select_lowrank(
-        *(q, k, triton_lowrank.LowRankWeights(*weights)),
-        *(TokenLayout((grid_height, grid_width), prefix), tile),
-        temperature=temperature,
-        coef_topk=coef_topk,
-        budget=budget,
-        forced=forced,
-    )
+    with _device_of(q):
+        return triton_lowrank.select_lowrank(
+            *(q, k, triton_lowrank.LowRankWeights(*weights)),
+            *(TokenLayout((grid_height, grid_width), prefix), tile),
+            temperature=temperature,
+            coef_topk=coef_topk,
+            budget=budget,
+            forced=forced,
+        )
 
 
 @select_lowrank.register_fake
@@ -97,7 +113,8 @@ def select_pooled(
 ) -> Tensor:
     """Lists of the scores tile-mean q · k; q and k [B, H, N, d]."""
     layout = TokenLayout((grid_height, grid_width), prefix)
-    return triton_pooled.select_pooled(q, k, layout, tile, budget, forced)
+    with _device_of(q):
+        return triton_pooled.select_pooled(q, k, layout, tile, budget, forced)
 
 
 @select_pooled.register_fake
@@ -130,7 +147,8 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention over lists and summaries (side 0 for none): the result and what its backward needs."""
     problem = _problem(grid_height, grid_width, prefix, tile, summary, scale)
-    return triton_attention.attend(q, k, v, indices, problem)
+    with _device_of(q):
+        return triton_attention.attend(q, k, v, indices, problem)
 
 
 @attend.register_fake
@@ -175,11 +193,12 @@ def attend_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; in a fixed order where torch is asked for deterministic algorithms."""
-    return triton_attention.attend_backward(
-        *(d_out, q, k, v, indices, (out, log_weight, means, missing)),
-        _problem(grid_height, grid_width, prefix, tile, summary, scale),
-        deterministic=torch.are_deterministic_algorithms_enabled(),
-    )
+    with _device_of(q):
+        return triton_attention.attend_backward(
+            *(d_out, q, k, v, indices, (out, log_weight, means, missing)),
+            _problem(grid_height, grid_width, prefix, tile, summary, scale),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
 
 
 @attend_backward.register_fake
@@ -260,6 +279,11 @@ def _(q: torch.Size, k: torch.Size, query_weight: torch.Size, *rest: Any, **unus
     key_down = N * basis * d + basis * d * reduced_dim
     rows_of_scores = rows * (d * reduced_dim + basis * reduced_dim + coef_topk * N)
     return 2 * int(B * H * (key_down + rows_of_scores))
+
+
+def _device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Triton launches on the current device, which need not be that of the inputs."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _problem(

@@ -11,7 +11,7 @@ from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import select_topk
-from sparsifiner.ops.backend import best_backend
+from sparsifiner.ops.backend import resolve_backend
 from sparsifiner.ops.precision import without_autocast
 
 # scores(start, stop) gives the scores of those rows: [B or 1, H, stop - start, N]
@@ -127,8 +127,7 @@ class Scorer(nn.Module):
         chunk = max(1, chunk_elements // max(1, B * H * self.elements_per_row(spec)))
         # scores are compared in fp32, so autocast must not round them
         with without_autocast(q.device):
-            backend = best_backend(self.FUSED_OP, q.device) if spec.backend == "auto" else spec.backend
-            if backend == "triton":
+            if self.FUSED_OP and resolve_backend(spec.backend, self.FUSED_OP, q.device) == "triton":
                 fused = self.fused_lists(q, k, spec)
                 if fused is not None:
                     return Connectivity(fused, spec.layout.grid, spec.tile, spec.layout.prefix)

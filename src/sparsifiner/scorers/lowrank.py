@@ -11,7 +11,7 @@ from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import library
-from sparsifiner.ops.library import LARGEST_HEAD_DIM, LOWRANK_TOKENS
+from sparsifiner.ops.library import LOWRANK_TOKENS
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
 
@@ -136,8 +136,7 @@ class LowRankScorer(Scorer):
     def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec) -> Tensor | None:
         """See `Scorer.fused_lists`."""
         layout = spec.layout
-        fits = layout.tokens <= LOWRANK_TOKENS and q.shape[-1] <= LARGEST_HEAD_DIM
-        if self.legacy or q.dtype == torch.float64 or not fits:
+        if self.legacy or library.why_no_kernel(q) or layout.tokens > LOWRANK_TOKENS:
             return None
         projections = (self.query.weight, self.query.bias, self.key.weight, self.key.bias)
         basis = self.basis(layout).mT

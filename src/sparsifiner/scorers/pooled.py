@@ -1,6 +1,5 @@
 """Tile-mean query · key: the scorer that needs no training."""
 
-import torch
 from torch import Tensor
 
 from sparsifiner.ops import library
@@ -25,7 +24,7 @@ class PooledScorer(Scorer):
 
     def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec) -> Tensor | None:
         """See `Scorer.fused_lists`."""
-        if q.dtype == torch.float64 or q.shape[-1] > library.LARGEST_HEAD_DIM or spec.tile == 1:
+        if library.why_no_kernel(q) or spec.tile == 1:
             return None
         layout = spec.layout
         geometry = (*layout.grid, layout.prefix, spec.tile)

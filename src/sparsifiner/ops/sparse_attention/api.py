@@ -1,6 +1,5 @@
 """Public entry of sparse attention: checks and the choice of a backend."""
 
-import torch
 from torch import Tensor
 
 from sparsifiner.connectivity import Connectivity
@@ -74,7 +73,7 @@ def sparse_attention(
             f"sparse_attention: summary must be a window side of at least 1 patch or None, got {summary!r}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    reasons = _why_no_kernel(q)
+    reasons = library.why_no_kernel(q)
     # lists of single queries are faster as a mask, which the torch backend makes of them
     kernel_fits = not reasons and connectivity.tile > 1
     chosen = resolve_backend(backend, "sparse_attention", q.device, kernel_fits=kernel_fits)
@@ -88,12 +87,3 @@ def sparse_attention(
         geometry = (*connectivity.grid, connectivity.prefix, connectivity.tile, summary or 0)
         out: Tensor = library.attend(q, k, v, connectivity.indices, *geometry, scale)[0]
         return out
-
-
-def _why_no_kernel(q: Tensor) -> str:
-    """Why the Triton kernels do not take these inputs; empty if they do."""
-    if q.dtype == torch.float64:
-        return "computes in fp32, got fp64"
-    if q.shape[-1] % 8 or q.shape[-1] > library.LARGEST_HEAD_DIM:
-        return f"takes head dims that are multiples of 8 up to 128, got {q.shape[-1]}"
-    return ""
