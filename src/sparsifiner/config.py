@@ -31,7 +31,7 @@ class SparsifyConfig:
         basis_threshold: basis entries of at most this magnitude count as zero.
         legacy: the low-rank scorer exactly as released: temperature H ** -0.5, basis size N // 6 of
             the native image size, dense products, backend "reference".
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or, on a GPU, "triton".
         min_tokens: layers that see fewer tokens stay dense.
         seed: seed of the scorer "random".
 
