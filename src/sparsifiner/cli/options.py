@@ -55,7 +55,7 @@ class SparsityOptions:
         tile: side in patches of the square of queries that share a key list.
         summary: side in patches of the summary windows, "auto", or "none".
         scorer: who chooses the keys.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or, on a GPU, "triton".
         min_tokens: layers that see fewer tokens stay dense.
         scorer_seed: seed of the scorer "random".
         legacy: the scorer exactly as released.
