@@ -122,6 +122,22 @@ def test_empty_lists_and_slots_equal_the_reference():
             assert (a - e).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_empty_batch(deterministic):
+    layout = TokenLayout((4, 4), 1)
+    connectivity = make_connectivity(layout, 0.3, 2, 2, device=DEVICE)
+    connectivity = Connectivity(connectivity.indices[:0], (4, 4), tile=2, prefix=1)
+    inputs = [x[:0] for x in make_qkv(layout, device=DEVICE)]
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        results = forward_and_gradients(
+            "triton", inputs, connectivity, 2, torch.empty(0, 2, 17, 16).to(DEVICE)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(result.shape == (0, 2, 17, 16) for result in results)
+
+
 def test_huge_logits_equal_the_reference():
     layout = TokenLayout((9, 7), 1)
     q, k, v = (x * 100 for x in make_qkv(layout, device=DEVICE))

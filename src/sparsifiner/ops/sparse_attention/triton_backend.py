@@ -212,7 +212,7 @@ def _entries_by_token(q: Tensor, indices: Tensor, problem: Problem) -> tuple[Ten
     N = problem.layout.tokens
     every = torch.arange(N, device=indices.device)
     listed = torch.where(indices >= 0, indices, N).long().unsqueeze(3)
-    listed = listed.expand(B, H, tiles, problem.parts(q), keys).reshape(B * H, -1)
+    listed = listed.expand(B, H, tiles, problem.parts(q), keys).flatten(2).flatten(0, 1)
     prefix = every.repeat(problem.prefix_parts(q)).expand(B * H, -1)
     token, order = torch.cat([listed, prefix], 1).sort(dim=1, stable=True)
     bounds = torch.arange(N + 1, device=indices.device).expand(B * H, -1).contiguous()

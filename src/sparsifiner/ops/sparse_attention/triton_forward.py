@@ -71,12 +71,13 @@ def list_bias(index, bits, slot, length, member, is_prefix, PACKED: tl.constexpr
 def summary_bias(missing, row, token, PREFIX, patches, pair, window, windows, PACKED: tl.constexpr):
     """log2 of the tokens that a summary stands for: [1, BLOCK_W], or one row per query if PACKED."""
     if PACKED:
-        at = (pair * patches + tl.maximum(token - PREFIX, 0))[:, None] * windows + window[None, :]
+        # queries that are not there read another's row
+        patch = tl.minimum(tl.maximum(token - PREFIX, 0), patches - 1)
+        at = (pair * patches + patch)[:, None] * windows + window[None, :]
     else:
         at = (row * windows + window)[None, :]
-    # queries that are not there read another's row
-    mask = (window < windows)[None, :] & (at < tl.num_programs(1) * patches * windows)
-    return tl.log2(tl.load(missing + at, mask=mask, other=0).to(tl.float32))
+    count = tl.load(missing + at, mask=(window < windows)[None, :], other=0)
+    return tl.log2(count.to(tl.float32))
 
 
 @triton.jit
