@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from sparsifiner.config import make_config
 from sparsifiner.ops import select_topk
 from sparsifiner.ops.backend import HAS_TRITON
-from sparsifiner.ops.select import triton_backend, triton_lowrank, triton_pooled
 from sparsifiner.scorers import ListSpec, LowRankScorer
 from tests.ops.cases import layout_of, make_qkv
+
+if HAS_TRITON:
+    from sparsifiner.ops.select import triton_backend, triton_lowrank, triton_pooled
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -15,12 +15,29 @@ from tests.ops.cases import (
     make_qkv,
 )
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+if not HAS_TRITON:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from sparsifiner.ops.sparse_attention.triton_forward import summary_bias
+
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 # the interpreter takes bf16 for integers in products
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])]
 PATCHES = [4, 62, 196, 256, 576, 1024, 4096] if GPU else [4, 62]
+
+
+@triton.jit
+def first_summary_bias_kernel(missing, logs, patches, windows, size: tl.constexpr):
+    pair = tl.program_id(1).to(tl.int64)
+    if pair == 0:
+        window = tl.arange(0, size)
+        token = tl.zeros([1], tl.int64)
+        bias = summary_bias(missing, pair, token, 0, patches, pair, window, windows, False)
+        tl.store(logs + window[None, :], bias)
 
 
 def forward_and_gradients(backend, inputs, connectivity, summary, upstream):
@@ -29,9 +46,10 @@ def forward_and_gradients(backend, inputs, connectivity, summary, upstream):
     return [out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))]
 
 
-def check_against_reference(layout, keep, tile, summary, dtype=torch.float32, head_dim=16, heads=2):
-    connectivity = make_connectivity(layout, keep, tile, summary, heads=heads, device=DEVICE)
-    inputs = make_qkv(layout, heads=heads, head_dim=head_dim, dtype=dtype, device=DEVICE)
+def check_against_reference(layout, keep, tile, summary, dtype=torch.float32, head_dim=16, heads=2, batch=1):
+    size = {"heads": heads, "batch": batch}
+    connectivity = make_connectivity(layout, keep, tile, summary, **size, device=DEVICE)
+    inputs = make_qkv(layout, **size, head_dim=head_dim, dtype=dtype, device=DEVICE)
     upstream = torch.randn(inputs[0].shape, dtype=torch.float64, device=DEVICE).to(dtype)
     actual = forward_and_gradients("triton", inputs, connectivity, summary, upstream)
     single = forward_and_gradients("reference", inputs, connectivity, summary, upstream)
@@ -49,7 +67,9 @@ def _poisoned(monkeypatch):
     empty, new_empty = torch.empty, torch.Tensor.new_empty
 
     def poison(tensor):
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            return tensor.fill_(torch.nan)
+        return tensor.fill_(200 if tensor.dtype == torch.uint8 else -12345)
 
     monkeypatch.setattr(torch, "empty", lambda *args, **options: poison(empty(*args, **options)))
     monkeypatch.setattr(
@@ -63,6 +83,51 @@ def _poisoned(monkeypatch):
 def test_forward_and_gradients_within_fp64_budget(patches, tile, summary, dtype):
     for prefix in (0, 1, 2, 5):
         check_against_reference(layout_of(patches, prefix), 0.1, tile, summary, dtype)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("tile", "summary"), [(4, 2), (1, 2)])
+def test_batches_of_heads(tile, summary, deterministic):
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        check_against_reference(TokenLayout((5, 7), 1), 0.3, tile, summary, heads=3, batch=2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("tile", [1, 4])
+def test_upstream_gradients_of_any_strides(tile):
+    layout = TokenLayout((5, 7), 1)
+    size = {"heads": 3, "batch": 2, "device": DEVICE}
+    connectivity = make_connectivity(layout, 0.3, tile, 2, **size)
+    inputs = make_qkv(layout, **size)
+    weight = torch.randn(2, 3, 16, layout.tokens, device=DEVICE).mT
+    one = torch.ones((), device=DEVICE)
+    for upstream in (one.expand(weight.shape), weight, weight[:1].expand(weight.shape)):
+        actual = forward_and_gradients("triton", inputs, connectivity, 2, upstream)
+        expected = forward_and_gradients("reference", inputs, connectivity, 2, upstream)
+        for a, e in zip(actual, expected, strict=True):
+            assert (a - e).abs().max() < 1e-5
+
+
+def test_many_summaries_of_many_heads_do_not_overflow():
+    # heads x patches x windows exceed 2 ** 31; one program reads the counts of the first list
+    missing = torch.full((16,), 4, dtype=torch.uint8, device=DEVICE)
+    logs = torch.full((16,), torch.nan, device=DEVICE)
+    first_summary_bias_kernel[(1, 768)](missing, logs, 4096, 1024, size=16)
+    assert (logs == 2).all()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_inputs_on_another_than_the_current_gpu():
+    layout = TokenLayout((6, 6), 1)
+    connectivity = make_connectivity(layout, 0.3, 4, 2, device="cuda:1")
+    inputs = make_qkv(layout, device="cuda:1")
+    upstream = torch.randn(inputs[0].shape, device="cuda:1")
+    actual = forward_and_gradients("triton", inputs, connectivity, 2, upstream)
+    expected = forward_and_gradients("reference", inputs, connectivity, 2, upstream)
+    for a, e in zip(actual, expected, strict=True):
+        assert (a - e).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("head_dim", [8, 24, 64, 80, 128])

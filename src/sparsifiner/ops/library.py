@@ -13,6 +13,11 @@ from sparsifiner.ops.backend import HAS_TRITON
 # Keys that the fused low-rank selection takes: a row of scores must fit in the registers of a program.
 LOWRANK_TOKENS = 16_384
 LARGEST_HEAD_DIM = 128
+# Basis size times head dim, and reduced head dim, that the fused low-rank selection holds in registers.
+LARGEST_LOWRANK_BASIS = 64 * 64
+LARGEST_REDUCED_DIM = 32
+# Windows whose tokens one program counts.
+LARGEST_WINDOWS = 4_096
 # Batch elements times heads: they take the second axis of a launch.
 LARGEST_PAIRS = 65_535
 
@@ -20,6 +25,8 @@ if HAS_TRITON:
     from sparsifiner.ops.select import triton_backend as triton_select
     from sparsifiner.ops.select import triton_lowrank, triton_pooled
     from sparsifiner.ops.sparse_attention import triton_backend as triton_attention
+
+    assert triton_select.LARGEST_BLOCK == LOWRANK_TOKENS
 
 
 def why_no_kernel(q: Tensor) -> str:
@@ -211,6 +218,7 @@ def _(d_out: Tensor, q: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:4], *output)
     ctx.problem = inputs[4:]
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 

@@ -11,7 +11,6 @@ from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import library
-from sparsifiner.ops.library import LOWRANK_TOKENS
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
 
@@ -136,7 +135,11 @@ class LowRankScorer(Scorer):
     def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec) -> Tensor | None:
         """See `Scorer.fused_lists`."""
         layout = spec.layout
-        if self.legacy or library.why_no_kernel(q) or layout.tokens > LOWRANK_TOKENS:
+        if self.legacy or library.why_no_kernel(q) or layout.tokens > library.LOWRANK_TOKENS:
+            return None
+        if self.up.shape[1] * q.shape[-1] > library.LARGEST_LOWRANK_BASIS:
+            return None
+        if self.query.out_features > library.LARGEST_REDUCED_DIM:
             return None
         projections = (self.query.weight, self.query.bias, self.key.weight, self.key.bias)
         basis = self.basis(layout).mT

@@ -74,6 +74,9 @@ def sparse_attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     reasons = library.why_no_kernel(q)
+    windows = connectivity.layout.squares(summary) if summary else 0
+    if not reasons and windows > library.LARGEST_WINDOWS:
+        reasons = f"takes at most {library.LARGEST_WINDOWS} summary windows, got {windows}"
     # lists of single queries are faster as a mask, which the torch backend makes of them
     kernel_fits = not reasons and connectivity.tile > 1
     chosen = resolve_backend(backend, "sparse_attention", q.device, kernel_fits=kernel_fits)

@@ -18,7 +18,6 @@ from sparsifiner.ops.triton_means import square_means
 
 _LOG2_E = 1.4426950408889634
 _LARGEST_BLOCK_M = 128
-_BYTE = 255
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Problem:
     @property
     def count_dtype(self) -> torch.dtype:
         """Of the tokens of a window that a list lacks."""
-        return torch.uint8 if self.summary**2 <= _BYTE else torch.int32
+        return torch.uint8 if self.summary**2 <= torch.iinfo(torch.uint8).max else torch.int32
 
     def block_m(self, q: Tensor) -> int:
         """Queries of one program; larger tiles are divided."""
@@ -245,5 +244,6 @@ def _blocks(q: Tensor, problem: Problem) -> dict[str, int]:
         "BLOCK_W": max(16, min(block_n, triton.next_power_of_2(max(1, problem.windows)))),
         "BLOCK_D": _block_d(q),
         "PACKED": problem.tile == 1,
-        "num_warps": 8 if problem.block_m(q) == _LARGEST_BLOCK_M else 4,
+        # four warps hold no more than 64 x 64 of the sums without spilling
+        "num_warps": 8 if problem.block_m(q) * _block_d(q) > 64 * 64 else 4,
     }
