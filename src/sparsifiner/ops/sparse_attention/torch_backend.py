@@ -14,7 +14,7 @@ from sparsifiner.ops.sparse_attention.summaries import unselected_per_window, wi
 _CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 # Rows take the place of heads in fused attention, and CUDA kernels launch no more than these.
 _CHUNK_ROWS = 65_535
-# Up to here a mask takes less time on a GPU than gathering every query's own keys.
+# A mask moves less memory on a GPU than gathering every query's own keys, but takes N * N of it.
 _MASKED_TOKENS = 1_100
 
 
