@@ -77,7 +77,7 @@ def sparse_attention(
     windows = connectivity.layout.squares(summary) if summary else 0
     if not reasons and windows > library.LARGEST_WINDOWS:
         reasons = f"takes at most {library.LARGEST_WINDOWS} summary windows, got {windows}"
-    # lists of single queries are faster as a mask, which the torch backend makes of them
+    # lists of single queries need a mask or packing; the torch backend's mask is the one that was tried
     kernel_fits = not reasons and connectivity.tile > 1
     chosen = resolve_backend(backend, "sparse_attention", q.device, kernel_fits=kernel_fits)
     if chosen == "triton" and reasons:
