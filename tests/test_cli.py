@@ -71,6 +71,17 @@ def test_macs_prints_the_contract(capsys):
     assert report["paper"]["mhsa"] == pytest.approx(111.4e6, abs=0.2e6)
 
 
+def test_options_of_the_lowrank_scorer_count(capsys):
+    def scorer_macs(*arguments):
+        options = ["--model_args", TINY_ARGS, "--preset", "paper", "--keep", "0.5", "--json"]
+        code, out, _ = run(capsys, "macs", *TINY, *options, *arguments)
+        assert code == 0
+        return json.loads(out)["sparse"]["scorer"]
+
+    smaller = ("--basis", "4", "--coef-topk", "2", "--reduced-dim", "2", "--basis-threshold", "0")
+    assert scorer_macs(*smaller) < scorer_macs("--basis", "4", "--coef-topk", "2") < scorer_macs()
+
+
 def test_macs_prints_a_table(capsys):
     code, out, _ = run(capsys, "macs", *TINY, "--model_args", TINY_ARGS, "--keep", "[0.5, 0.1]")
     assert code == 0

@@ -57,6 +57,10 @@ class SparsityOptions:
         scorer: who chooses the keys.
         backend: "auto", "reference", "torch" or, on a GPU, "triton".
         min_tokens: layers that see fewer tokens stay dense.
+        basis: basis size of the low-rank scorer.
+        reduced_dim: head dim of its reduced queries and keys.
+        coef_topk: coefficients that it keeps per row.
+        basis_threshold: basis entries of at most this magnitude count as zero.
         scorer_seed: seed of the scorer "random".
         legacy: the scorer exactly as released.
     """
@@ -68,6 +72,10 @@ class SparsityOptions:
     scorer: Literal["lowrank", "pooled", "oracle", "window", "strided", "random"] | None = None
     backend: str | None = None
     min_tokens: int | None = None
+    basis: int | None = None
+    reduced_dim: int | None = None
+    coef_topk: int | None = None
+    basis_threshold: float | None = None
     scorer_seed: int | None = None
     legacy: bool = False
 
