@@ -74,7 +74,8 @@ class TokenLayout:
         edges = []
         for length, count in zip(self.grid, self.square_grid(side), strict=True):
             start = torch.arange(count, device=device) * side
-            edges.append((length - start).clamp(max=side))
+            # where, not clamp: Inductor of torch 2.11 takes clamp for index arithmetic that it cannot compare
+            edges.append(torch.where(start + side > length, length - start, side))
         return (edges[0][:, None] * edges[1][None, :]).flatten()
 
     def split_squares(self, patches: Tensor, side: int) -> Tensor:
