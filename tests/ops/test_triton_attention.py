@@ -21,7 +21,8 @@ if not HAS_TRITON:
 import triton
 import triton.language as tl
 
-from sparsifiner.ops.sparse_attention.triton_forward import summary_bias
+from sparsifiner.ops.sparse_attention import triton_backend
+from sparsifiner.ops.sparse_attention.triton_forward import summary_counts
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -31,13 +32,13 @@ PATCHES = [4, 62, 196, 256, 576, 1024, 4096] if GPU else [4, 62]
 
 
 @triton.jit
-def first_summary_bias_kernel(missing, logs, patches, windows, size: tl.constexpr):
+def first_summary_counts_kernel(missing, counts, patches, windows, size: tl.constexpr):
     pair = tl.program_id(1).to(tl.int64)
     if pair == 0:
         window = tl.arange(0, size)
         token = tl.zeros([1], tl.int64)
-        bias = summary_bias(missing, pair, token, 0, patches, pair, window, windows, False)
-        tl.store(logs + window[None, :], bias)
+        count = summary_counts(missing, pair, token, 0, patches, pair, window, windows, False)
+        tl.store(counts + window[None, :], count)
 
 
 def forward_and_gradients(backend, inputs, connectivity, summary, upstream):
@@ -113,9 +114,9 @@ def test_upstream_gradients_of_any_strides(tile):
 def test_many_summaries_of_many_heads_do_not_overflow():
     # heads x patches x windows exceed 2 ** 31; one program reads the counts of the first list
     missing = torch.full((16,), 4, dtype=torch.uint8, device=DEVICE)
-    logs = torch.full((16,), torch.nan, device=DEVICE)
-    first_summary_bias_kernel[(1, 768)](missing, logs, 4096, 1024, size=16)
-    assert (logs == 2).all()
+    counts = torch.full((16,), torch.nan, device=DEVICE)
+    first_summary_counts_kernel[(1, 768)](missing, counts, 4096, 1024, size=16)
+    assert (counts == 4).all()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -149,6 +150,28 @@ def test_tiles_and_windows_of_odd_and_large_sides(side):
 def test_more_prefix_tokens_than_queries_in_a_program():
     for tile in (1, 2):
         check_against_reference(TokenLayout((4, 4), 70), 0.7, tile, 2)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("tile", [1, 4])
+def test_prefix_in_several_splits(tile, deterministic, monkeypatch):
+    monkeypatch.setattr(triton_backend, "_SPLIT_KEYS", 16)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        for prefix in (1, 20):
+            check_against_reference(TokenLayout((5, 7), prefix), 0.3, tile, 2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_scales_of_both_signs_and_zero():
+    layout = TokenLayout((5, 7), 1)
+    q, k, v = make_qkv(layout, device=DEVICE)
+    connectivity = make_connectivity(layout, 0.3, 4, 2, device=DEVICE)
+    for scale in (-0.7, 0.0, 1.3):
+        actual = sparse_attention(q, k, v, connectivity, 2, scale, backend="triton")
+        expected = sparse_attention(q, k, v, connectivity, 2, scale, backend="reference")
+        assert (actual - expected).abs().max() < 1e-5
 
 
 def test_deterministic_gradients_within_fp64_budget():

@@ -1,5 +1,6 @@
 """Selection in one kernel: a search for each row's threshold, then its list in one pass."""
 
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -87,18 +88,26 @@ def launch_select(
         shape |= {"BLOCK": LARGEST_BLOCK, "num_warps": 16}
         select_long_kernel[(total,)](*arguments, budget, forced, **shape)
     else:
-        select_kernel[(triton.cdiv(total, shape["ROWS"]),)](*arguments, budget, forced, **shape)
+        grid = (triton.cdiv(total, shape["ROWS"]),)
+        select_kernel[grid](*arguments, budget, forced, normal_quantile(N, budget), **shape)
+
+
+def normal_quantile(N: int, budget: int) -> float:
+    """How many standard deviations above the mean the best `budget` of N normal scores begin."""
+    return NormalDist().inv_cdf(min(max(1 - budget / N, 0.5 / N), 1 - 0.5 / N))
 
 
 def program_shape(N: int, budget: int, own: OwnTokens) -> dict[str, int]:
     """Sizes of one program: its rows, a row's keys and list, and its warps."""
     block = triton.next_power_of_2(N)
+    rows = max(1, _SHARED_BLOCK // block)
     return {
         "OWN_SIDE": own.side,
-        "ROWS": max(1, _SHARED_BLOCK // block),
+        "ROWS": rows,
         "BLOCK": block,
         "BLOCK_K": triton.next_power_of_2(budget),
-        "num_warps": max(4, min(16, block // 1024)),
+        # 16 scores a thread, so that several programs fit on a multiprocessor
+        "num_warps": max(4, min(16, rows * block // 512)),
     }
 
 
@@ -119,15 +128,35 @@ def _lowest(EMPTY_BITS: tl.constexpr):
 
 
 @triton.jit
-def _middle(low, high, reached, beyond, k, step):
-    """Where to look next for the threshold, in low + 1 .. high: by turns as counts suggest, and half-way."""
+def _middle(low, high):
+    """Half-way between two codes, rounded up; they may be 2 ** 32 apart, so halves are added."""
+    return (low >> 1) + (high >> 1) + ((low | high) & 1)
+
+
+@triton.jit
+def _value_code(value, low, high, EMPTY_BITS: tl.constexpr):
+    """The code of a value; `high` if it is NaN, never below `low + 1` or above `high`."""
+    bits = value.to(tl.int32, bitcast=True)
+    code = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> EMPTY_BITS
+    return tl.minimum(tl.maximum(tl.where(value == value, code, high), low + 1), high)
+
+
+@triton.jit
+def _thresholds(low, high, reached, beyond, k, step):
+    """Three codes in low + 1 .. high to look at next: by turns as counts suggest, and the quarters."""
+    half = _middle(low, high)
     span = (high - low).to(tl.float32)
     share = (reached - k).to(tl.float32) / tl.maximum(reached - beyond, 1).to(tl.float32)
+    # of n keys in a gap, the number below a place is off by about the root of n
+    width = (span * tl.rsqrt(tl.maximum(reached - beyond, 1).to(tl.float32))).to(tl.int32)
     guess = low + (span * share).to(tl.int32)
-    # codes of both signs are 2 ** 32 apart, so halves are added, not differences halved
-    half = (low >> 1) + (high >> 1) + ((low | high) & 1)
-    middle = tl.where((step % 2 == 0) & (high - low > 0), guess, half)
-    return tl.minimum(tl.maximum(middle, low + 1), high)
+    is_guess = (step % 2 == 0) & (high - low > 0)
+    first = tl.where(is_guess, guess - tl.minimum(width, guess - low), _middle(low, half))
+    second = tl.where(is_guess, guess, half)
+    third = tl.where(is_guess, guess + tl.minimum(width, high - guess), _middle(half, high))
+    first = tl.minimum(tl.maximum(first, low + 1), high)
+    second = tl.minimum(tl.maximum(second, first), high)
+    return first, second, tl.minimum(tl.maximum(third, second), high)
 
 
 @triton.jit
@@ -153,38 +182,58 @@ def _write_row_end(
 
 @triton.jit
 def write_lists(
-    code,  # [ROWS, BLOCK]
+    score,  # fp32 [ROWS, BLOCK]
     key,  # [1, BLOCK]
     indices,  # [ROWS] pointers
     row,  # [ROWS], in its head
     is_row,  # [ROWS]
-    own, m, GRID_H, GRID_W, PREFIX, N, k, forced,
+    own, m, GRID_H, GRID_W, PREFIX, N, k, forced, quantile,
     EMPTY_BITS: tl.constexpr,
     OWN_SIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Finds the code of the k-th largest score of each row and writes every key above it, in order.
 
-    A key equal to the threshold is taken while there is room, lowest index first. The search ends where
-    exactly k keys reach the threshold, at the latest when it is exact.
+    A key equal to the threshold is taken while there is room, lowest index first. The search counts at three
+    codes a step and begins where the threshold would be if scores were normally distributed: `quantile`
+    standard deviations above their mean. It ends where exactly k keys reach the threshold, at the latest
+    when it is exact.
     """
+    code = score_codes(score, key, N, forced, EMPTY_BITS)
+    finite = tl.where((key >= forced) & (key < N) & (tl.abs(score) < float("inf")), score, 0.0)
+    mean = tl.sum(finite, 1) / N
+    deviation = tl.sqrt(tl.maximum(tl.sum(finite * finite, 1) / N - mean * mean, 0.0))
     # reached keys have codes of at least low, beyond ones more than high
     low = tl.full([code.shape[0]], _lowest(EMPTY_BITS), tl.int32)
     high = tl.maximum(tl.max(code, 1), low)
     reached = tl.zeros_like(low) + N
     beyond = tl.zeros_like(low)
     searching = is_row & (high > low) & (reached > k)
+    first = _value_code(mean + (quantile - 0.1) * deviation, low, high, EMPTY_BITS)
+    second = tl.maximum(first, _value_code(mean + quantile * deviation, low, high, EMPTY_BITS))
+    third = tl.maximum(second, _value_code(mean + (quantile + 0.1) * deviation, low, high, EMPTY_BITS))
     step = 0
     while tl.max(searching.to(tl.int32), 0) > 0:
-        middle = _middle(low, high, reached, beyond, k, step)
-        count = tl.sum((code >= middle[:, None]).to(tl.int32), 1)
-        enough = searching & (count >= k)
-        short = searching & (count < k)
-        low = tl.where(enough, middle, low)
-        reached = tl.where(enough, count, reached)
-        high = tl.where(short, middle - 1, high)
-        beyond = tl.where(short, count, beyond)
+        # three counts fit in one word
+        of_two = (code >= first[:, None]).to(tl.int32) + ((code >= second[:, None]).to(tl.int32) << 16)
+        counts = tl.sum(of_two.to(tl.int64) + ((code >= third[:, None]).to(tl.int64) << 32), 1)
+        of_first, of_second = (counts & 0xFFFF).to(tl.int32), ((counts >> 16) & 0xFFFF).to(tl.int32)
+        of_third = (counts >> 32).to(tl.int32)
+        # from the lowest up: what reaches k keys raises low, what does not lowers high
+        low = tl.where(searching & (of_first >= k), first, low)
+        reached = tl.where(searching & (of_first >= k), of_first, reached)
+        low = tl.where(searching & (of_second >= k), second, low)
+        reached = tl.where(searching & (of_second >= k), of_second, reached)
+        low = tl.where(searching & (of_third >= k), third, low)
+        reached = tl.where(searching & (of_third >= k), of_third, reached)
+        high = tl.where(searching & (of_third < k), third - 1, high)
+        beyond = tl.where(searching & (of_third < k), of_third, beyond)
+        high = tl.where(searching & (of_second < k), second - 1, high)
+        beyond = tl.where(searching & (of_second < k), of_second, beyond)
+        high = tl.where(searching & (of_first < k), first - 1, high)
+        beyond = tl.where(searching & (of_first < k), of_first, beyond)
         searching = searching & (high > low) & (reached > k)
+        first, second, third = _thresholds(low, high, reached, beyond, k, step)
         step += 1
 
     above = (code > low[:, None]).to(tl.int32)
@@ -205,7 +254,7 @@ def select_kernel(
     scores,  # [R, stride]
     indices,  # [R, k]
     own,  # [rows, m] or None
-    m, GRID_H, GRID_W, PREFIX, total, first_row, rows, N, stride, k, forced,
+    m, GRID_H, GRID_W, PREFIX, total, first_row, rows, N, stride, k, forced, quantile,
     EMPTY_BITS: tl.constexpr,
     OWN_SIDE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -217,11 +266,10 @@ def select_kernel(
     is_row = row < total
     key = tl.arange(0, BLOCK)[None, :]
     score = tl.load(scores + row[:, None] * stride + key, mask=is_row[:, None] & (key < N), other=0.0)
-    code = score_codes(score.to(tl.float32), key, N, forced, EMPTY_BITS)
     own_row = ((first_row + row) % rows).to(tl.int32)
     write_lists(
-        code, key, indices + row * k, own_row, is_row,
-        own, m, GRID_H, GRID_W, PREFIX, N, k, forced, EMPTY_BITS, OWN_SIDE, BLOCK_K,
+        score.to(tl.float32), key, indices + row * k, own_row, is_row,
+        own, m, GRID_H, GRID_W, PREFIX, N, k, forced, quantile, EMPTY_BITS, OWN_SIDE, BLOCK_K,
     )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ from sparsifiner.layout import TokenLayout
 from sparsifiner.ops.select.triton_backend import (
     LARGEST_BLOCK,
     OwnTokens,
+    normal_quantile,
     program_shape,
-    score_codes,
     write_lists,
 )
 from sparsifiner.ops.triton_means import square_means
@@ -80,7 +80,7 @@ def select_lowrank(
     shape = program_shape(N, budget, own)
     select_lowrank_kernel[(triton.cdiv(B * H * rows, shape["ROWS"]),)](
         *(coefficients, weights.basis.contiguous(), indices, scores, *own.arguments()),
-        *(B * H * rows, rows, N, K, coef_topk, budget, forced),
+        *(B * H * rows, rows, N, K, coef_topk, budget, forced, normal_quantile(N, budget)),
         BLOCK_BASIS=triton.next_power_of_2(K),
         WRITE_SCORES=scores is not None,
         **shape,
@@ -203,7 +203,7 @@ def select_lowrank_kernel(
     indices,  # [B * H * rows, k]
     scores,  # fp32 [B * H * rows, N] or None
     own,  # None
-    m, GRID_H, GRID_W, PREFIX, total, rows, N, K, coef_topk, k, forced,
+    m, GRID_H, GRID_W, PREFIX, total, rows, N, K, coef_topk, k, forced, quantile,
     OWN_SIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -227,9 +227,8 @@ def select_lowrank_kernel(
         weight = tl.where(base == at[:, None], -1.0, weight)
     if WRITE_SCORES:
         tl.store(scores + row[:, None] * N + key, score, mask=is_row[:, None] & (key < N))
-    code = score_codes(score, key, N, forced, 0)
     own_row = (row % rows).to(tl.int32)
     write_lists(
-        code, key, indices + row * k, own_row, is_row,
-        own, m, GRID_H, GRID_W, PREFIX, N, k, forced, 0, OWN_SIDE, BLOCK_K,
+        score, key, indices + row * k, own_row, is_row,
+        own, m, GRID_H, GRID_W, PREFIX, N, k, forced, quantile, 0, OWN_SIDE, BLOCK_K,
     )  # fmt: skip

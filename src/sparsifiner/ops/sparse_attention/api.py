@@ -87,6 +87,8 @@ def sparse_attention(
             return reference.sparse_attention(q, k, v, connectivity, summary, scale)
         if chosen == "torch":
             return torch_backend.sparse_attention(q, k, v, connectivity, summary, scale)
+        if scale < 0:  # kernels take the largest product for that of the largest logit
+            q, scale = -q, -scale
         geometry = (*connectivity.grid, connectivity.prefix, connectivity.tile, summary or 0)
         out: Tensor = library.attend(q, k, v, connectivity.indices, *geometry, scale)[0]
         return out

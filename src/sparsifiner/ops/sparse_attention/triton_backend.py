@@ -12,12 +12,18 @@ from sparsifiner.ops.sparse_attention.triton_backward import (
     attend_backward_kernel,
     key_gradients_kernel,
 )
-from sparsifiner.ops.sparse_attention.triton_forward import attend_kernel, missing_kernel
+from sparsifiner.ops.sparse_attention.triton_forward import (
+    attend_kernel,
+    join_splits_kernel,
+    missing_kernel,
+)
 from sparsifiner.ops.sparse_attention.triton_packing import PACKED_SIDE, PackedLists, pack_lists
 from sparsifiner.ops.triton_means import square_means
 
 _LOG2_E = 1.4426950408889634
 _LARGEST_BLOCK_M = 128
+# Keys of one program of the prefix, which attends to every token: about as many as a tile's list has.
+_SPLIT_KEYS = 512
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,17 @@ class Problem:
         return triton.cdiv(self.side**2, self.block_m(q))
 
     def prefix_parts(self, q: Tensor) -> int:
-        """Programs of the prefix."""
+        """Parts of the prefix, each with a program per split."""
         return triton.cdiv(self.layout.prefix, self.block_m(q))
 
+    @property
+    def splits(self) -> int:
+        """Parts of all tokens, to which the prefix attends."""
+        return triton.cdiv(self.layout.tokens, _SPLIT_KEYS)
+
     def grid(self, q: Tensor) -> tuple[int, int]:
-        """Programs: parts of the prefix and of all tiles, for each batch element and head."""
-        return self.prefix_parts(q) + self.tiles * self.parts(q), q.shape[0] * q.shape[1]
+        """Programs: those of the prefix and of all tiles, for each batch element and head."""
+        return self.prefix_parts(q) * self.splits + self.tiles * self.parts(q), q.shape[0] * q.shape[1]
 
 
 def attend(
@@ -104,13 +115,24 @@ def attend(
     lists = _lists(indices, problem)
     out = torch.empty(B, N, H, d, dtype=q.dtype, device=q.device).transpose(1, 2)
     log_weight = torch.empty(B, H, N, dtype=torch.float32, device=q.device)
+    prefix, splits = problem.layout.prefix, problem.splits
+    split_out = log_weight.new_empty(B, H, splits, prefix, d)
+    split_log_weight = log_weight.new_empty(B, H, splits, prefix)
     attend_kernel[problem.grid(q)](
-        *(q, k, v, *lists, means[0], means[1], missing, out, log_weight),
+        *(q, k, v, *lists, _every_token(q, problem), means[0], means[1], missing, out, log_weight),
+        *(split_out, split_log_weight),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
-        *(H, N, *problem.layout.grid, problem.layout.prefix, problem.tiles, lists.indices.shape[-1]),
-        *(problem.windows, problem.scale * _LOG2_E),
+        *(H, N, *problem.layout.grid, prefix, problem.tiles, lists.indices.shape[-1]),
+        *(problem.windows, splits, problem.scale * _LOG2_E),
         **_blocks(q, problem),
     )
+    if prefix:
+        join_splits_kernel[(prefix, B * H)](
+            *(split_out, split_log_weight, out, log_weight, *out.stride()[:3], H, N, prefix, splits),
+            HEAD_DIM=d,
+            BLOCK_S=triton.next_power_of_2(splits),
+            BLOCK_D=_block_d(q),
+        )
     return out, log_weight, means, missing
 
 
@@ -157,16 +179,21 @@ def attend_backward(
     if deterministic:
         sent = sums.new_empty(2, pairs, entries, d)
         mean_sent = sums.new_empty(2, pairs, problem.tiles * parts, problem.windows, d)
+    prefix, splits = problem.layout.prefix, problem.splits
+    split_d_q = sums.new_empty(B, H, splits, prefix, d)
     attend_backward_kernel[problem.grid(q)](
-        *(q, k, v, *lists, means[0], means[1], missing, out, log_weight, d_out, d_q),
+        *(q, k, v, *lists, _every_token(q, problem), means[0], means[1], missing, out, log_weight),
+        *(d_out, d_q, split_d_q),
         *(sent[0], sent[1], mean_sent[0], mean_sent[1]),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
         *(*d_out.stride()[:3], *d_q.stride()[:3]),
-        *(H, N, *problem.layout.grid, problem.layout.prefix, problem.tiles, keys),
-        *(problem.windows, entries, problem.scale * _LOG2_E, problem.scale),
+        *(H, N, *problem.layout.grid, prefix, problem.tiles, keys),
+        *(problem.windows, splits, entries, problem.scale * _LOG2_E, problem.scale),
         **_blocks(q, problem),
         DETERMINISTIC=deterministic,
     )
+    if prefix:
+        d_q[:, :, :prefix] = split_d_q.sum(2)
     block_d = _block_d(q)
     if deterministic:
         order, first = _entries_by_token(q, lists.indices, problem)
@@ -180,7 +207,7 @@ def attend_backward(
     block_t = max(16, 4096 // block_d)
     key_gradients_kernel[(triton.cdiv(N, block_t), pairs)](
         *(sums[0], sums[1], mean_sums[0], mean_sums[1], d_k, d_v, *d_k.stride()[:3]),
-        *(H, N, *problem.layout.grid, problem.layout.prefix, problem.windows),
+        *(H, N, *problem.layout.grid, prefix, problem.windows),
         HEAD_DIM=d,
         SIDE=problem.summary,
         BLOCK_T=block_t,
@@ -223,6 +250,12 @@ def _lists(indices: Tensor, problem: Problem) -> PackedLists:
     return pack_lists(indices, problem.layout) if problem.tile == 1 else PackedLists(indices)
 
 
+def _every_token(q: Tensor, problem: Problem) -> Tensor:
+    """The list of the prefix; without one, nobody reads it."""
+    count = problem.layout.tokens if problem.layout.prefix else 0
+    return torch.arange(count, dtype=torch.int32, device=q.device)
+
+
 def _rows(x: Tensor) -> Tensor:
     """The tensor itself where its rows are contiguous, else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -240,7 +273,9 @@ def _blocks(q: Tensor, problem: Problem) -> dict[str, int]:
         "TILE": problem.side,
         "PARTS": problem.parts(q),
         "BLOCK_M": problem.block_m(q),
+        "SPLIT_KEYS": _SPLIT_KEYS,
         "BLOCK_N": block_n,
+        "BLOCK_END": min(32, block_n),
         "BLOCK_W": max(16, min(block_n, triton.next_power_of_2(max(1, problem.windows)))),
         "BLOCK_D": _block_d(q),
         "PACKED": problem.tile == 1,

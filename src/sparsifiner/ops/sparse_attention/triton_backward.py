@@ -4,25 +4,48 @@ import triton
 import triton.language as tl
 
 from sparsifiner.ops.sparse_attention.triton_forward import (
-    list_bias,
-    load_list,
-    summary_bias,
-    tile_of_program,
+    bits_bias,
+    list_of_program,
+    load_rows,
+    place_of_program,
+    summary_counts,
     tile_tokens,
 )
 
 
 @triton.jit
-def _key_gradients(query, key, value, bias, d_out, log_weight, delta, d_query, scale, slope):
+def _key_gradients(query, key, value, bias, count, d_out, log_weight, delta, d_query, scale, slope):
     """One block of keys: what it adds to dq, and its own dk and dv from these queries."""
-    logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale + bias
+    logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    if bias is not None:
+        logits += bias
     probability = tl.exp2(logits - log_weight[:, None])
+    if count is not None:
+        probability *= count
     d_probability = tl.dot(d_out, tl.trans(value), input_precision="ieee")
     d_logits = (probability * (d_probability - delta[:, None]) * slope).to(query.dtype)
     d_query = tl.dot(d_logits, key, acc=d_query, input_precision="ieee")
     d_key = tl.dot(tl.trans(d_logits), query, input_precision="ieee")
     d_value = tl.dot(tl.trans(probability.to(query.dtype)), d_out, input_precision="ieee")
     return d_query, d_key, d_value
+
+
+@triton.jit
+def _send(
+    d_k, d_v, d_key, d_value, row, is_row, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STORE: tl.constexpr
+):
+    """Adds gradients [BLOCK_N, BLOCK_D] to rows of `d_k` and `d_v`, or stores them there."""
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    to = row.to(tl.int64)[:, None] * HEAD_DIM + dim
+    mask = dim < HEAD_DIM
+    if is_row is not None:
+        mask = is_row[:, None] & mask
+    if STORE:
+        tl.store(d_k + to, d_key, mask=mask)
+        tl.store(d_v + to, d_value, mask=mask)
+    else:
+        tl.atomic_add(d_k + to, d_key, mask=mask, sem="relaxed")
+        tl.atomic_add(d_v + to, d_value, mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -33,6 +56,7 @@ def attend_backward_kernel(
     indices,  # [B * H, tiles, keys]
     bits,  # int64 [B * H, tiles, keys] if PACKED, else None
     lengths,  # [B * H, tiles] if PACKED, else None
+    every,  # [N], all tokens
     mean_k,  # [B * H, W, d]
     mean_v,  # [B * H, W, d]
     missing,  # [B * H, tiles, W], or [B * H, patches, W] if PACKED
@@ -40,6 +64,7 @@ def attend_backward_kernel(
     log_weight,  # fp32 [B * H, N]
     d_out,  # [B, H, N, d]
     d_q,  # [B, H, N, d]
+    split_d_q,  # fp32 [B * H, splits, PREFIX, d]
     d_k,  # fp32 [B * H, N, d], or [B * H, entries, d] of every slot of every list
     d_v,  # likewise
     d_mean_k,  # fp32 [B * H, W, d], or [B * H, tiles * PARTS, W, d] of every program
@@ -50,12 +75,14 @@ def attend_backward_kernel(
     o_batch, o_head, o_token,
     do_batch, do_head, do_token,
     dq_batch, dq_head, dq_token,
-    H, N, GRID_H, GRID_W, PREFIX, tiles, keys, windows, entries, scale, slope,
+    H, N, GRID_H, GRID_W, PREFIX, tiles, keys, windows, splits, entries, scale, slope,
     HEAD_DIM: tl.constexpr,
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_END: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PACKED: tl.constexpr,
@@ -63,14 +90,14 @@ def attend_backward_kernel(
 ):  # fmt: skip
     """BLOCK_M queries of one tile, or of the prefix: dq, and what they send to their keys and summaries.
 
-    What is sent is added up by atomics in an order that no one knows, or, if DETERMINISTIC, stored by slot
-    and added up later. `scale` holds log2(e), `slope` does not.
+    The prefix's dq are of one split of the keys each. What is sent is added up by atomics in an order that
+    no one knows, or, if DETERMINISTIC, stored by slot and added up later. `scale` holds log2(e), `slope` does
+    not.
     """
-    tile, part, is_prefix = tile_of_program(tiles, PARTS)
+    tile, part, is_prefix, split = place_of_program(tiles, splits, PARTS)
     pair = tl.program_id(1).to(tl.int64)
     row = pair * tiles + tile
     dim = tl.arange(0, BLOCK_D)[None, :]
-    is_dim = dim < HEAD_DIM
 
     member = part * BLOCK_M + tl.arange(0, BLOCK_M)
     token, is_query = tile_tokens(tile, member, is_prefix, GRID_H, GRID_W, PREFIX, TILE)
@@ -80,57 +107,65 @@ def attend_backward_kernel(
     out += pair // H * o_batch + pair % H * o_head
     d_out += pair // H * do_batch + pair % H * do_head
     d_q += pair // H * dq_batch + pair % H * dq_head
-    mask = is_query[:, None] & is_dim
-    query = tl.load(q + token[:, None] * q_token + dim, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
-    d_result = tl.load(d_out + token[:, None] * do_token + dim, mask=mask, other=0.0)
-    result = tl.load(out + token[:, None] * o_token + dim, mask=mask, other=0.0)
+    query = load_rows(q, token, q_token, is_query, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
+    d_result = load_rows(d_out, token, do_token, is_query, HEAD_DIM, BLOCK_D)
+    result = load_rows(out, token, o_token, is_query, HEAD_DIM, BLOCK_D)
     delta = tl.sum(d_result.to(tl.float32) * result.to(tl.float32), 1)
     weight = tl.load(log_weight + pair * N + token, mask=is_query, other=float("inf"))
     # a query without any key has probabilities of 0
     weight = tl.where(weight == -float("inf"), float("inf"), weight)
 
     d_query = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    length = tl.load(lengths + row) if PACKED else keys
-    for start in range(0, tl.where(is_prefix == 1, N, length), BLOCK_N):
+    tokens, length = list_of_program(
+        indices, lengths, every, row, keys, N, is_prefix, split, SPLIT_KEYS, PACKED
+    )
+    entry = (tile * PARTS + part) * keys
+    if is_prefix == 1:
+        entry = tiles * PARTS * keys + part * N + split * SPLIT_KEYS
+    whole = length // BLOCK_N * BLOCK_N
+    for start in range(0, whole, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
-        index = load_list(indices + row * keys, slot, length, N, is_prefix)
-        listed = (index >= 0)[:, None] & is_dim
-        at = index.to(tl.int64)[:, None]
-        key = tl.load(k + at * k_token + dim, mask=listed, other=0.0)  # [BLOCK_N, BLOCK_D]
-        value = tl.load(v + at * v_token + dim, mask=listed, other=0.0)
-        bias = list_bias(
-            index, bits + row * keys if PACKED else None, slot, length, member, is_prefix, PACKED
-        )
+        index = tl.load(tokens + slot)
+        key = load_rows(k, index, k_token, None, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        value = load_rows(v, index, v_token, None, HEAD_DIM, BLOCK_D)
+        bias = bits_bias(bits + row * keys, slot, length, member, is_prefix) if PACKED else None
         d_query, d_key, d_value = _key_gradients(
-            query, key, value, bias, d_result, weight, delta, d_query, scale, slope
+            query, key, value, bias, None, d_result, weight, delta, d_query, scale, slope
         )
-        if DETERMINISTIC:
-            of_row = tl.where(is_prefix == 1, tiles * PARTS * keys + part * N, (tile * PARTS + part) * keys)
-            to = (pair * entries + of_row + slot)[:, None] * HEAD_DIM + dim
-            tl.store(d_k + to, d_key, mask=listed)
-            tl.store(d_v + to, d_value, mask=listed)
-        else:
-            to = (pair * N + at) * HEAD_DIM + dim
-            tl.atomic_add(d_k + to, d_key, mask=listed, sem="relaxed")
-            tl.atomic_add(d_v + to, d_value, mask=listed, sem="relaxed")
-    for start in range(0, (1 - is_prefix) * windows, BLOCK_W):
+        to = pair * entries + entry + slot if DETERMINISTIC else pair * N + index
+        _send(d_k, d_v, d_key, d_value, to, None, HEAD_DIM, BLOCK_D, DETERMINISTIC)
+    for start in tl.range(whole, length, BLOCK_END, num_stages=1):
+        slot = start + tl.arange(0, BLOCK_END)
+        listed = slot < length
+        index = tl.load(tokens + slot, mask=listed, other=0)
+        key = load_rows(k, index, k_token, listed, HEAD_DIM, BLOCK_D)
+        value = load_rows(v, index, v_token, listed, HEAD_DIM, BLOCK_D)
+        bias = tl.where(listed, 0.0, -float("inf"))[None, :]
+        if PACKED:
+            bias += bits_bias(bits + row * keys, slot, length, member, is_prefix)
+        d_query, d_key, d_value = _key_gradients(
+            query, key, value, bias, None, d_result, weight, delta, d_query, scale, slope
+        )
+        to = pair * entries + entry + slot if DETERMINISTIC else pair * N + index
+        _send(d_k, d_v, d_key, d_value, to, listed, HEAD_DIM, BLOCK_D, DETERMINISTIC)
+    for start in tl.range(0, (1 - is_prefix) * windows, BLOCK_W, num_stages=1):
         window = start + tl.arange(0, BLOCK_W)
-        at = (pair * windows + window)[:, None] * HEAD_DIM + dim
-        is_window = (window < windows)[:, None] & is_dim
-        key = tl.load(mean_k + at, mask=is_window, other=0.0)  # [BLOCK_W, BLOCK_D]
-        value = tl.load(mean_v + at, mask=is_window, other=0.0)
-        bias = summary_bias(missing, row, token, PREFIX, GRID_H * GRID_W, pair, window, windows, PACKED)
+        is_window = window < windows
+        key = load_rows(mean_k, pair * windows + window, HEAD_DIM, is_window, HEAD_DIM, BLOCK_D)
+        value = load_rows(mean_v, pair * windows + window, HEAD_DIM, is_window, HEAD_DIM, BLOCK_D)
+        count = summary_counts(missing, row, token, PREFIX, GRID_H * GRID_W, pair, window, windows, PACKED)
+        bias = tl.where(count > 0, 0.0, -float("inf"))
         d_query, d_key, d_value = _key_gradients(
-            query, key, value, bias, d_result, weight, delta, d_query, scale, slope
+            query, key, value, bias, count, d_result, weight, delta, d_query, scale, slope
         )
-        if DETERMINISTIC:
-            to = ((row * PARTS + part) * windows + window)[:, None] * HEAD_DIM + dim
-            tl.store(d_mean_k + to, d_key, mask=is_window)
-            tl.store(d_mean_v + to, d_value, mask=is_window)
-        else:
-            tl.atomic_add(d_mean_k + at, d_key, mask=is_window, sem="relaxed")
-            tl.atomic_add(d_mean_v + at, d_value, mask=is_window, sem="relaxed")
-    tl.store(d_q + token[:, None] * dq_token + dim, d_query.to(d_q.dtype.element_ty), mask=mask)
+        to = (row * PARTS + part if DETERMINISTIC else pair) * windows + window
+        _send(d_mean_k, d_mean_v, d_key, d_value, to, is_window, HEAD_DIM, BLOCK_D, DETERMINISTIC)
+    mask = is_query[:, None] & (dim < HEAD_DIM)
+    if is_prefix == 1:
+        at = (pair * splits + split) * PREFIX + token
+        tl.store(split_d_q + at[:, None] * HEAD_DIM + dim, d_query, mask=mask)
+    else:
+        tl.store(d_q + token[:, None] * dq_token + dim, d_query.to(d_q.dtype.element_ty), mask=mask)
 
 
 @triton.jit

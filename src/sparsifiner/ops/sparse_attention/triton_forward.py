@@ -29,13 +29,17 @@ def missing_kernel(
 
 
 @triton.jit
-def tile_of_program(tiles, PARTS: tl.constexpr):
-    """Tile, its part, and 1 for the prefix, which comes first so that its long list hides, else 0."""
-    prefix_parts = tl.num_programs(0) - tiles * PARTS
-    program = tl.program_id(0) - prefix_parts
+def place_of_program(tiles, splits, PARTS: tl.constexpr):
+    """Tile, its part, 1 for the prefix or else 0, and which split of the prefix's long list.
+
+    The prefix comes first, so that its programs hide behind those of the tiles.
+    """
+    prefix_programs = tl.num_programs(0) - tiles * PARTS
+    program = tl.program_id(0) - prefix_programs
+    of_prefix = program + prefix_programs
     tile = tl.where(program < 0, 0, program // PARTS)
-    part = tl.where(program < 0, program + prefix_parts, program % PARTS)
-    return tile, part, (program < 0).to(tl.int32)
+    part = tl.where(program < 0, of_prefix // splits, program % PARTS)
+    return tile, part, (program < 0).to(tl.int32), of_prefix % splits
 
 
 @triton.jit
@@ -50,45 +54,75 @@ def tile_tokens(tile, member, is_prefix, GRID_H, GRID_W, PREFIX, TILE: tl.conste
 
 
 @triton.jit
-def load_list(indices, slot, keys, N, is_prefix):
-    """Tokens of a block of slots, -1 where there is none; the prefix lists every token."""
-    index = tl.load(indices + slot, mask=slot < (1 - is_prefix) * keys, other=-1)
-    return tl.where(slot < is_prefix * N, slot, index)
+def list_of_program(
+    indices, lengths, every, row, keys, N, is_prefix, split, SPLIT_KEYS: tl.constexpr, PACKED: tl.constexpr
+):
+    """A program's list, and how many tokens it holds; the prefix lists every token, by splits."""
+    tokens = indices + row * keys
+    length = tl.load(lengths + row) if PACKED else keys
+    if is_prefix == 1:
+        tokens = every + split * SPLIT_KEYS
+        length = tl.minimum(N - split * SPLIT_KEYS, SPLIT_KEYS)
+    elif not PACKED:
+        # empty slots come last, and most lists have none
+        while (length > 0) & (tl.load(tokens + tl.maximum(length - 1, 0)) < 0):
+            length -= 1
+    return tokens, length
 
 
 @triton.jit
-def list_bias(index, bits, slot, length, member, is_prefix, PACKED: tl.constexpr):
-    """0 for keys that a query attends to, -inf for others: [1, BLOCK_N], or [BLOCK_M, BLOCK_N] if PACKED."""
-    allowed = (index >= 0)[None, :]
-    if PACKED:
-        word = tl.load(bits + slot, mask=slot < (1 - is_prefix) * length, other=-1)
-        bit = (word[None, :] >> tl.minimum(member, 63).to(tl.int64)[:, None]) & 1
-        allowed = allowed & (bit == 1)
-    return tl.where(allowed, 0.0, -float("inf"))
+def load_rows(x, index, x_token, listed, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a head by their tokens: [BLOCK_N, BLOCK_D]; rows that are not `listed`, if given, are 0."""
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    at = x + index.to(tl.int64)[:, None] * x_token + dim
+    if listed is None and HEAD_DIM == BLOCK_D:
+        return tl.load(at)
+    mask = dim < HEAD_DIM
+    if listed is not None:
+        mask = listed[:, None] & mask
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
-def summary_bias(missing, row, token, PREFIX, patches, pair, window, windows, PACKED: tl.constexpr):
-    """log2 of the tokens that a summary stands for: [1, BLOCK_W], or one row per query if PACKED."""
+def bits_bias(bits, slot, length, member, is_prefix):
+    """0 for keys that a query attends to, -inf for others: [BLOCK_M, BLOCK_N]; the prefix has no bits."""
+    word = tl.load(bits + slot, mask=slot < (1 - is_prefix) * length, other=-1)
+    bit = (word[None, :] >> tl.minimum(member, 63).to(tl.int64)[:, None]) & 1
+    return tl.where(bit == 1, 0.0, -float("inf"))
+
+
+@triton.jit
+def summary_counts(missing, row, token, PREFIX, patches, pair, window, windows, PACKED: tl.constexpr):
+    """Tokens that a summary stands for, fp32: [1, BLOCK_W], or one row per query if PACKED."""
     if PACKED:
         # queries that are not there read another's row
         patch = tl.minimum(tl.maximum(token - PREFIX, 0), patches - 1)
         at = (pair * patches + patch)[:, None] * windows + window[None, :]
     else:
         at = (row * windows + window)[None, :]
-    count = tl.load(missing + at, mask=(window < windows)[None, :], other=0)
-    return tl.log2(count.to(tl.float32))
+    return tl.load(missing + at, mask=(window < windows)[None, :], other=0).to(tl.float32)
 
 
 @triton.jit
-def _add_keys(query, key, value, bias, best, weight, total, scale):
-    """Online softmax over more keys: bias [1 or BLOCK_M, BLOCK_N] in bits, -inf for keys to leave out."""
-    logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale + bias
-    new_best = tl.maximum(best, tl.max(logits, 1))
-    # a query that has met no key yet keeps a weight of 0
-    shift = tl.where(new_best == -float("inf"), 0.0, new_best)
-    probability = tl.exp2(logits - shift[:, None])
-    decay = tl.exp2(best - shift)
+def _add_keys(query, key, value, bias, count, best, weight, total, scale):
+    """Online softmax over more keys, in bits.
+
+    `bias` [1 or BLOCK_M, BLOCK_N], if given, is -inf for keys to leave out; a key counts `count` times.
+    """
+    logits = tl.dot(query, tl.trans(key), input_precision="ieee")
+    if bias is None:
+        new_best = tl.maximum(best, tl.max(logits, 1) * scale)
+        probability = tl.exp2(logits * scale - new_best[:, None])
+        decay = tl.exp2(best - new_best)
+    else:
+        logits = logits * scale + bias
+        new_best = tl.maximum(best, tl.max(logits, 1))
+        # a query that has met no key yet keeps a weight of 0
+        shift = tl.where(new_best == -float("inf"), 0.0, new_best)
+        probability = tl.exp2(logits - shift[:, None])
+        decay = tl.exp2(best - shift)
+    if count is not None:
+        probability *= count
     weight = weight * decay + tl.sum(probability, 1)
     total = tl.dot(probability.to(value.dtype), value, acc=total * decay[:, None], input_precision="ieee")
     return new_best, weight, total
@@ -102,34 +136,39 @@ def attend_kernel(
     indices,  # [B * H, tiles, keys]
     bits,  # int64 [B * H, tiles, keys] if PACKED, else None
     lengths,  # [B * H, tiles] if PACKED, else None
+    every,  # [N], all tokens
     mean_k,  # [B * H, W, d]
     mean_v,  # [B * H, W, d]
     missing,  # [B * H, tiles, W], or [B * H, patches, W] if PACKED
     out,  # [B, H, N, d]
     log_weight,  # fp32 [B * H, N]
+    split_out,  # fp32 [B * H, splits, PREFIX, d]
+    split_log_weight,  # fp32 [B * H, splits, PREFIX]
     q_batch, q_head, q_token,
     k_batch, k_head, k_token,
     v_batch, v_head, v_token,
     o_batch, o_head, o_token,
-    H, N, GRID_H, GRID_W, PREFIX, tiles, keys, windows, scale,
+    H, N, GRID_H, GRID_W, PREFIX, tiles, keys, windows, splits, scale,
     HEAD_DIM: tl.constexpr,
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_END: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one tile, or of the prefix, over its list, then over all summaries.
 
-    `scale` holds log2(e), so that logits are in bits; `log_weight` is the log2 of the softmax's denominator.
+    `scale`, at least 0, holds log2(e), so that logits are in bits; `log_weight` is the log2 of the softmax's
+    denominator. The prefix's results are of one split of the keys each, to be put together.
     """
-    tile, part, is_prefix = tile_of_program(tiles, PARTS)
+    tile, part, is_prefix, split = place_of_program(tiles, splits, PARTS)
     pair = tl.program_id(1).to(tl.int64)
     row = pair * tiles + tile
     dim = tl.arange(0, BLOCK_D)[None, :]
-    is_dim = dim < HEAD_DIM
 
     member = part * BLOCK_M + tl.arange(0, BLOCK_M)
     token, is_query = tile_tokens(tile, member, is_prefix, GRID_H, GRID_W, PREFIX, TILE)
@@ -137,33 +176,77 @@ def attend_kernel(
     k += pair // H * k_batch + pair % H * k_head
     v += pair // H * v_batch + pair % H * v_head
     out += pair // H * o_batch + pair % H * o_head
-    mask = is_query[:, None] & is_dim
-    query = tl.load(q + token[:, None] * q_token + dim, mask=mask, other=0.0)  # [BLOCK_M, BLOCK_D]
+    query = load_rows(q, token, q_token, is_query, HEAD_DIM, BLOCK_D)  # [BLOCK_M, BLOCK_D]
 
     best = tl.full([BLOCK_M], -float("inf"), tl.float32)
     weight = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    length = tl.load(lengths + row) if PACKED else keys
-    for start in range(0, tl.where(is_prefix == 1, N, length), BLOCK_N):
+    tokens, length = list_of_program(
+        indices, lengths, every, row, keys, N, is_prefix, split, SPLIT_KEYS, PACKED
+    )
+    whole = length // BLOCK_N * BLOCK_N
+    for start in range(0, whole, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
-        index = load_list(indices + row * keys, slot, length, N, is_prefix)
-        listed = (index >= 0)[:, None] & is_dim
-        at = index.to(tl.int64)[:, None]
-        key = tl.load(k + at * k_token + dim, mask=listed, other=0.0)  # [BLOCK_N, BLOCK_D]
-        value = tl.load(v + at * v_token + dim, mask=listed, other=0.0)
-        bias = list_bias(
-            index, bits + row * keys if PACKED else None, slot, length, member, is_prefix, PACKED
-        )
-        best, weight, total = _add_keys(query, key, value, bias, best, weight, total, scale)
-    for start in range(0, (1 - is_prefix) * windows, BLOCK_W):
+        index = tl.load(tokens + slot)
+        key = load_rows(k, index, k_token, None, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        value = load_rows(v, index, v_token, None, HEAD_DIM, BLOCK_D)
+        bias = bits_bias(bits + row * keys, slot, length, member, is_prefix) if PACKED else None
+        best, weight, total = _add_keys(query, key, value, bias, None, best, weight, total, scale)
+    for start in tl.range(whole, length, BLOCK_END, num_stages=1):
+        slot = start + tl.arange(0, BLOCK_END)
+        listed = slot < length
+        index = tl.load(tokens + slot, mask=listed, other=0)
+        key = load_rows(k, index, k_token, listed, HEAD_DIM, BLOCK_D)
+        value = load_rows(v, index, v_token, listed, HEAD_DIM, BLOCK_D)
+        bias = tl.where(listed, 0.0, -float("inf"))[None, :]
+        if PACKED:
+            bias += bits_bias(bits + row * keys, slot, length, member, is_prefix)
+        best, weight, total = _add_keys(query, key, value, bias, None, best, weight, total, scale)
+    for start in tl.range(0, (1 - is_prefix) * windows, BLOCK_W, num_stages=1):
         window = start + tl.arange(0, BLOCK_W)
-        at = (pair * windows + window)[:, None] * HEAD_DIM + dim
-        is_window = (window < windows)[:, None] & is_dim
-        key = tl.load(mean_k + at, mask=is_window, other=0.0)  # [BLOCK_W, BLOCK_D]
-        value = tl.load(mean_v + at, mask=is_window, other=0.0)
-        bias = summary_bias(missing, row, token, PREFIX, GRID_H * GRID_W, pair, window, windows, PACKED)
-        best, weight, total = _add_keys(query, key, value, bias, best, weight, total, scale)
+        is_window = window < windows
+        key = load_rows(mean_k, pair * windows + window, HEAD_DIM, is_window, HEAD_DIM, BLOCK_D)
+        value = load_rows(mean_v, pair * windows + window, HEAD_DIM, is_window, HEAD_DIM, BLOCK_D)
+        count = summary_counts(missing, row, token, PREFIX, GRID_H * GRID_W, pair, window, windows, PACKED)
+        bias = tl.where(count > 0, 0.0, -float("inf"))
+        best, weight, total = _add_keys(query, key, value, bias, count, best, weight, total, scale)
 
     total = total / tl.where(weight > 0, weight, 1.0)[:, None]
-    tl.store(out + token[:, None] * o_token + dim, total.to(out.dtype.element_ty), mask=mask)
-    tl.store(log_weight + pair * N + token, best + tl.log2(weight), mask=is_query)
+    log_total = best + tl.log2(weight)
+    mask = is_query[:, None] & (dim < HEAD_DIM)
+    if is_prefix == 1:
+        at = (pair * splits + split) * PREFIX + token
+        tl.store(split_out + at[:, None] * HEAD_DIM + dim, total, mask=mask)
+        tl.store(split_log_weight + at, log_total, mask=is_query)
+    else:
+        tl.store(out + token[:, None] * o_token + dim, total.to(out.dtype.element_ty), mask=mask)
+        tl.store(log_weight + pair * N + token, log_total, mask=is_query)
+
+
+@triton.jit
+def join_splits_kernel(
+    split_out,  # fp32 [B * H, splits, PREFIX, d]
+    split_log_weight,  # fp32 [B * H, splits, PREFIX]
+    out,  # [B, H, N, d]
+    log_weight,  # fp32 [B * H, N]
+    o_batch, o_head, o_token,
+    H, N, PREFIX, splits,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One prefix token: the mean of its splits' results by their weights."""
+    token, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    split, dim = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)[None, :]
+    is_split = split < splits
+    at = (pair * splits + split) * PREFIX + token
+    log_share = tl.load(split_log_weight + at, mask=is_split, other=-float("inf"))
+    largest = tl.max(log_share, 0)
+    share = tl.exp2(log_share - largest)
+    weight = tl.sum(share, 0)
+    mask = is_split[:, None] & (dim < HEAD_DIM)
+    part = tl.load(split_out + at[:, None] * HEAD_DIM + dim, mask=mask, other=0.0)
+    result = tl.sum(part * (share / weight)[:, None], 0)
+    to = out + pair // H * o_batch + pair % H * o_head + token * o_token + tl.arange(0, BLOCK_D)
+    tl.store(to, result.to(out.dtype.element_ty), mask=tl.arange(0, BLOCK_D) < HEAD_DIM)
+    tl.store(log_weight + pair * N + token, largest + tl.log2(weight))
