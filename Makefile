@@ -1,5 +1,5 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`.
-.PHONY: demo test test-gpu lint types unit lock package clean
+.PHONY: demo test test-gpu lint types unit sanitize lock package clean
 
 ready := .venv/.ready
 bin := .venv/bin
@@ -19,12 +19,17 @@ types: $(ready)
 unit: $(ready)
 	$(bin)/pytest -n 2
 
-$(ready): requirements/dev.txt pyproject.toml tools/setup.sh
+# Only other requirements make the environment anew; for anything else the package is installed again.
+$(ready): requirements/dev.txt pyproject.toml tools/setup.sh CMakeLists.txt csrc $(wildcard csrc/*)
 	tools/setup.sh
 
 # The same operations on a GPU, against the same reference.
 test-gpu: $(ready)
 	$(bin)/pytest tests/test_gpu.py tests/test_triton_models.py tests/ops
+
+# The native CPU kernels again, with checks of every address and of undefined behaviour.
+sanitize: $(ready)
+	tools/sanitize.sh
 
 # Pins every requirement anew; the file carries no registry addresses.
 lock:

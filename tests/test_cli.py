@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import sparsifiner
 from sparsifiner.cli import COMMANDS, main
+from sparsifiner.ops import native
 from sparsifiner.ops.sparse_attention import torch_backend
 
 TINY = ["--model", "deit_tiny_patch16_224", "--img-size", "32"]
@@ -87,6 +89,35 @@ def test_macs_prints_a_table(capsys):
     assert code == 0
     assert "65 tokens" in out
     assert "attention" in out
+
+
+class TestInfo:
+    def test_tells_the_reason_and_the_remedy(self, capsys, monkeypatch):
+        monkeypatch.setattr(native, "_load", lambda: (None, "no kernels; install g++"))
+        monkeypatch.setattr(native, "_machine_isa", lambda: native.Isa.NONE)
+        monkeypatch.delenv(native.ISA_VARIABLE, raising=False)
+        code, out, _ = run(capsys, "info")
+        assert code == 0
+        assert re.search(rf"^sparsifiner +{re.escape(sparsifiner.__version__)}$", out, re.M)
+        assert re.search(r"^reference +yes ", out, re.M)
+        assert re.search(r"^cpu +no .*\n +no kernels; install g\+\+$", out, re.M)
+
+    def test_prints_json(self, capsys, monkeypatch):
+        monkeypatch.delenv(native.ISA_VARIABLE, raising=False)
+        code, out, _ = run(capsys, "info", "--json")
+        assert code == 0
+        machine = json.loads(out)
+        assert machine["versions"]["torch"] == torch.__version__
+        assert machine["cpu"]["threads"] == torch.get_num_threads()
+        assert set(machine["backends"]) == {"reference", "torch", "cpu", "triton"}
+        for backend in machine["backends"].values():
+            assert backend["brings"]
+            assert backend["runs"] == ("reason" not in backend)
+        assert machine["backends"]["cpu"]["runs"] == (machine["isa"] != "none")
+
+    def test_wrong_instructions_are_one_line_and_exit_2(self, capsys, monkeypatch):
+        monkeypatch.setenv(native.ISA_VARIABLE, "neon")
+        check_error(run(capsys, "info"), "SPARSIFINER_ISA='neon' is unknown; choose one of none, avx2")
 
 
 def test_eval_on_digits_beside_the_dense_twin(capsys, weights):
@@ -214,10 +245,10 @@ class TestBench:
     def test_a_wrong_backend_exits_1_and_prints_no_times(self, capsys, monkeypatch, tmp_path):
         right = torch_backend.sparse_attention
         monkeypatch.setattr(torch_backend, "sparse_attention", lambda *args: 1.1 * right(*args))
-        code, out, err = run(capsys, *self.OPS, "--output", tmp_path)
+        code, out, err = run(capsys, *self.OPS, "--backend", "torch", "--output", tmp_path)
         assert code == 1
         assert out == ""
-        assert "error: backend='auto': the output differs from the reference by 1.00e-01" in err
+        assert "error: backend='torch': the output differs from the reference by 1.00e-01" in err
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(

@@ -16,4 +16,5 @@ else
 fi
 cd "$empty"
 "$empty/env/bin/sparsifiner" --help
+"$empty/env/bin/sparsifiner" info
 "$empty/env/bin/sparsifiner" macs --keep 0.1

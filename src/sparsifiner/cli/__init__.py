@@ -11,7 +11,7 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from sparsifiner import __version__
 from sparsifiner.cli.bench import bench_model, bench_ops
-from sparsifiner.cli.commands import demo, evaluate, macs, train
+from sparsifiner.cli.commands import demo, evaluate, info, macs, train
 from sparsifiner.measure.parity import ParityError
 
 Command = Callable[..., None]
@@ -19,6 +19,7 @@ COMMANDS: dict[str, Command | dict[str, Command]] = {
     "bench": {"model": bench_model, "ops": bench_ops},
     "demo": demo,
     "eval": evaluate,
+    "info": info,
     "macs": macs,
     "train": train,
 }

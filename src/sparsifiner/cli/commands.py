@@ -17,6 +17,7 @@ from sparsifiner.demo import run_demo
 from sparsifiner.device import choose_device
 from sparsifiner.measure.accuracy import Accuracy
 from sparsifiner.measure.accuracy import evaluate as evaluate_accuracy
+from sparsifiner.measure.machine import describe_machine
 from sparsifiner.measure.macs import count_macs
 from sparsifiner.measure.recall import mask_recall as measure_recall
 from sparsifiner.models.loading import load_model, load_weights
@@ -267,6 +268,29 @@ def _print_accuracy(accuracy: Accuracy) -> None:
         print(f"agreement     {against.agreement:.2f} %")
         print(f"logit KL      {against.logit_kl:.4f} nats")
         print(f"dense img/s   {against.dense_images_per_second:.1f}")
+
+
+def info(*, json: bool = False) -> None:
+    """Tells versions, devices and which backends run here, or why not and what to do about it.
+
+    Args:
+        json: print JSON.
+    """
+    machine = describe_machine()
+    if json:
+        print(json_format.dumps(machine))
+        return
+    rows = {name: version or "not installed" for name, version in machine["versions"].items()}
+    rows["CPU"] = f"{machine['cpu']['name']}, {machine['cpu']['threads']} threads"
+    rows["GPUs"] = ", ".join(machine["gpus"]) or "none"
+    rows["instructions"] = machine["isa"]
+    for name, row in rows.items():
+        print(f"{name:14}{row}")
+    print("\nbackend       runs here")
+    for name, backend in machine["backends"].items():
+        print(f"{name:14}{'yes' if backend['runs'] else 'no':5}{backend['brings']}")
+        if not backend["runs"]:
+            print(f"{'':19}{backend['reason']}")
 
 
 def demo(output: Path = Path("runs/demo"), seed: int = 0) -> None:

@@ -29,7 +29,7 @@ def provenance(device: torch.device | str) -> Row:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else name,
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "triton": _version_of("triton"),
+        "triton": version_of("triton"),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "commit": os.environ.get("COMMIT") or _commit(),
     }
@@ -110,7 +110,8 @@ def write_csv(file: Path, rows: list[Row]) -> None:
     write_aside(file, write)
 
 
-def _version_of(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The version of an installed package, None where it is not."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Our kernels as operators of torch, so that autograd, compilers, exporters and flop counters see them."""
+"""Our kernels in Triton and C++ as operators of torch: for autograd, compilers, exporters, flop counters."""
 
 import contextlib
 from typing import Any
@@ -9,6 +9,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops.backend import HAS_TRITON
+from sparsifiner.ops.select import cpu_backend as cpu_select
+from sparsifiner.ops.sparse_attention import cpu_backend as cpu_attention
 
 # Keys that the fused low-rank selection takes: a row of scores must fit in the registers of a program.
 LOWRANK_TOKENS = 16_384
@@ -18,6 +20,8 @@ LARGEST_LOWRANK_BASIS = 64 * 64
 LARGEST_REDUCED_DIM = 32
 # Windows whose tokens one program counts.
 LARGEST_WINDOWS = 4_096
+# Head dims of the native kernels: whole vectors of the widest instruction set.
+CPU_HEAD_DIM_STEP = 16
 # Batch elements times heads: they take the second axis of a launch.
 LARGEST_PAIRS = 65_535
 
@@ -29,14 +33,24 @@ if HAS_TRITON:
     assert triton_select.LARGEST_BLOCK == LOWRANK_TOKENS
 
 
-def why_no_kernel(q: Tensor) -> str:
-    """Why the Triton kernels do not take queries [B, H, N, d]; empty if they do."""
+def why_no_kernel(backend: str, q: Tensor) -> str:
+    """Why kernels of "triton" or "cpu" do not take queries [B, H, N, d]; empty if they do."""
+    if backend == "cpu":
+        return _why_no_cpu_kernel(q)
     if q.dtype == torch.float64:
         return "computes in fp32, got fp64"
     if q.shape[-1] % 8 or q.shape[-1] > LARGEST_HEAD_DIM:
         return f"takes head dims that are multiples of 8 up to {LARGEST_HEAD_DIM}, got {q.shape[-1]}"
     if q.shape[0] * q.shape[1] > LARGEST_PAIRS:
         return f"takes at most {LARGEST_PAIRS} heads in a batch, got {q.shape[0]} x {q.shape[1]}"
+    return ""
+
+
+def _why_no_cpu_kernel(q: Tensor) -> str:
+    if q.dtype not in {torch.float32, torch.bfloat16}:
+        return f"takes fp32 and bf16, got {str(q.dtype).removeprefix('torch.')}"
+    if q.shape[-1] % CPU_HEAD_DIM_STEP:
+        return f"takes head dims that are multiples of {CPU_HEAD_DIM_STEP}, got {q.shape[-1]}"
     return ""
 
 
@@ -215,6 +229,54 @@ def _(d_out: Tensor, q: Tensor, *unused: Any) -> tuple[Tensor, Tensor, Tensor]:
     return d_q, d_k, d_v
 
 
+@torch.library.custom_op("sparsifiner::select_topk_cpu", mutates_args=(), device_types="cpu")
+def select_topk_cpu(scores: Tensor, budget: int, forced: int, own: Tensor) -> Tensor:
+    """As `select_topk`, by the native library."""
+    return cpu_select.select_topk(scores, budget, forced, own)
+
+
+@select_topk_cpu.register_fake
+def _(scores: Tensor, budget: int, forced: int, own: Tensor) -> Tensor:
+    return scores.new_empty((*scores.shape[:-1], budget), dtype=torch.int32)
+
+
+@torch.library.custom_op("sparsifiner::select_lowrank_cpu", mutates_args=(), device_types="cpu")
+def select_lowrank_cpu(
+    coefficients: Tensor, basis: Tensor, coef_topk: int, budget: int, forced: int, own: Tensor
+) -> Tensor:
+    """Lists of the sums of basis rows [K, N] by the largest of the coefficients [B, H, rows, K]."""
+    return cpu_select.select_lowrank(coefficients, basis, coef_topk, budget, forced, own)
+
+
+@select_lowrank_cpu.register_fake
+def _(coefficients: Tensor, basis: Tensor, coef_topk: int, budget: int, forced: int, own: Tensor) -> Tensor:
+    return coefficients.new_empty((*coefficients.shape[:-1], budget), dtype=torch.int32)
+
+
+@torch.library.custom_op("sparsifiner::attend_cpu", mutates_args=(), device_types="cpu")
+def attend_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    grid_height: int,
+    grid_width: int,
+    prefix: int,
+    tile: int,
+    summary: int,
+    scale: float,
+) -> Tensor:
+    """As `attend`, by the native library: the result alone, without gradients."""
+    layout = TokenLayout((grid_height, grid_width), prefix)
+    return cpu_attention.attend(q, k, v, indices, layout, tile, summary, scale)
+
+
+@attend_cpu.register_fake
+def _(q: Tensor, *unused: Any) -> Tensor:
+    B, H, N, d = q.shape
+    return q.new_empty(B, N, H, d).transpose(1, 2)
+
+
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:4], *output)
     ctx.problem = inputs[4:]
@@ -244,7 +306,7 @@ def _attend_flops(
     return 2 * products * int(B * H * visits * d)
 
 
-@register_flop_formula(torch.ops.sparsifiner.attend)
+@register_flop_formula([torch.ops.sparsifiner.attend, torch.ops.sparsifiner.attend_cpu])
 def _(*shapes: Any, **unused: Any) -> int:
     return _attend_flops(*shapes)
 
@@ -287,6 +349,12 @@ def _(q: torch.Size, k: torch.Size, query_weight: torch.Size, *rest: Any, **unus
     key_down = N * basis * d + basis * d * reduced_dim
     rows_of_scores = rows * (d * reduced_dim + basis * reduced_dim + coef_topk * N)
     return 2 * int(B * H * (key_down + rows_of_scores))
+
+
+@register_flop_formula(torch.ops.sparsifiner.select_lowrank_cpu)
+def _(coefficients: torch.Size, basis: torch.Size, coef_topk: int, *rest: Any, **unused: Any) -> int:
+    B, H, rows, _ = coefficients
+    return 2 * int(B * H * rows * coef_topk * basis[1])
 
 
 def _device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:

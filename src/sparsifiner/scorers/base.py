@@ -90,13 +90,14 @@ class Scorer(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} has nothing to learn; train a low-rank scorer")
 
-    def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec) -> Tensor | None:
-        """Lists from Triton kernels that keep the scores to themselves; None where scores must be written.
+    def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec, backend: str) -> Tensor | None:
+        """Lists from kernels that keep the scores to themselves; None where scores must be written.
 
         Args:
             q: [B, H, N, d] unscaled queries, prefix included.
             k: [B, H, N, d] keys.
             spec: the lists wanted.
+            backend: "triton" or "cpu".
 
         Returns:
             int32 [B, H, rows, k] as `select_topk` gives.
@@ -127,8 +128,9 @@ class Scorer(nn.Module):
         chunk = max(1, chunk_elements // max(1, B * H * self.elements_per_row(spec)))
         # scores are compared in fp32, so autocast must not round them
         with without_autocast(q.device):
-            if self.FUSED_OP and resolve_backend(spec.backend, self.FUSED_OP, q.device) == "triton":
-                fused = self.fused_lists(q, k, spec)
+            if self.FUSED_OP:
+                chosen = resolve_backend(spec.backend, self.FUSED_OP, q.device)
+                fused = self.fused_lists(q, k, spec, chosen) if chosen in {"triton", "cpu"} else None
                 if fused is not None:
                     return Connectivity(fused, spec.layout.grid, spec.tile, spec.layout.prefix)
             own = spec.layout.square_tokens(spec.tile, q.device)

@@ -132,10 +132,14 @@ class LowRankScorer(Scorer):
 
         return scores
 
-    def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec) -> Tensor | None:
+    def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec, backend: str) -> Tensor | None:
         """See `Scorer.fused_lists`."""
+        if self.legacy or q.dtype == torch.float64:
+            return None
+        if backend == "cpu":
+            return self._cpu_lists(q, k, spec)
         layout = spec.layout
-        if self.legacy or library.why_no_kernel(q) or layout.tokens > library.LOWRANK_TOKENS:
+        if library.why_no_kernel(backend, q) or layout.tokens > library.LOWRANK_TOKENS:
             return None
         if self.up.shape[1] * q.shape[-1] > library.LARGEST_LOWRANK_BASIS:
             return None
@@ -148,6 +152,15 @@ class LowRankScorer(Scorer):
         geometry = (*layout.grid, layout.prefix, spec.tile)
         sizes = (self.temperature, kept, spec.budget, spec.forced)
         listed: Tensor = library.select_lowrank(q, k, *weights, *geometry, *sizes)
+        return listed
+
+    def _cpu_lists(self, q: Tensor, k: Tensor, spec: ListSpec) -> Tensor:
+        coefficients = self.coefficients(q, k, spec.layout, spec.tile)
+        basis = self.basis(spec.layout).float().mT
+        kept = min(self.coef_topk, basis.shape[0])
+        own = spec.layout.square_tokens(spec.tile, q.device)
+        sizes = (kept, spec.budget, spec.forced)
+        listed: Tensor = library.select_lowrank_cpu(coefficients, basis, *sizes, own)
         return listed
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:

@@ -29,7 +29,7 @@ def select_topk(
             their scores.
         own: integer [rows, m], the tokens that each row stands for, ascending, -1 (none) last; by
             default row r stands for the one token `N - rows + r`, as with one list per patch query.
-        backend: "auto", "reference", "torch" or, on a GPU, "triton".
+        backend: "auto", "reference", "torch", "cpu" (native code) or, on a GPU, "triton".
 
     Returns:
         int32 [B, H, rows, budget], ascending, -1 (empty) last.
@@ -54,8 +54,9 @@ def select_topk(
 
     chosen = resolve_backend(backend, "select_topk", scores.device)
     scores = scores.detach()
-    if chosen == "triton":
-        listed: Tensor = library.select_topk(scores, budget, forced, own)
+    if chosen in {"triton", "cpu"}:
+        select_fused = library.select_topk if chosen == "triton" else library.select_topk_cpu
+        listed: Tensor = select_fused(scores, budget, forced, own)
         return listed
     scores = scores.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if forced:

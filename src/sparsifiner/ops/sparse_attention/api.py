@@ -1,5 +1,9 @@
 """Public entry of sparse attention: checks and the choice of a backend."""
 
+import functools
+import logging
+
+import torch
 from torch import Tensor
 
 from sparsifiner.connectivity import Connectivity
@@ -7,6 +11,8 @@ from sparsifiner.ops import library
 from sparsifiner.ops.backend import resolve_backend
 from sparsifiner.ops.precision import without_autocast
 from sparsifiner.ops.sparse_attention import reference, torch_backend
+
+_logger = logging.getLogger(__name__)
 
 
 def sparse_attention(
@@ -33,8 +39,9 @@ def sparse_attention(
         connectivity: key lists for [B, H] and the geometry of the N tokens.
         summary: side of the windows in patches, None for no summaries.
         scale: factor of the logits, `d ** -0.5` by default.
-        backend: "auto", "reference" (dense with a mask), "torch" (gathers) or, on a GPU, "triton" (fused
-            kernels, for head dims that are multiples of 8 up to 128); all are differentiable.
+        backend: "auto", "reference" (dense with a mask), "torch" (gathers), "cpu" (native code for head dims
+            that are multiples of 16; where gradients are wanted, "torch" computes in its place) or, on a GPU,
+            "triton" (fused kernels, for head dims that are multiples of 8 up to 128).
 
     Returns:
         [B, H, N, d] in the dtype of `q`.
@@ -73,22 +80,40 @@ def sparse_attention(
             f"sparse_attention: summary must be a window side of at least 1 patch or None, got {summary!r}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    reasons = library.why_no_kernel(q)
-    windows = connectivity.layout.squares(summary) if summary else 0
-    if not reasons and windows > library.LARGEST_WINDOWS:
-        reasons = f"takes at most {library.LARGEST_WINDOWS} summary windows, got {windows}"
-    # lists of single queries need a mask or packing; the torch backend's mask is the one that was tried
-    kernel_fits = not reasons and connectivity.tile > 1
-    chosen = resolve_backend(backend, "sparse_attention", q.device, kernel_fits=kernel_fits)
-    if chosen == "triton" and reasons:
-        raise ValueError(f"sparse_attention: backend='triton' {reasons}; use backend='torch' or 'auto'")
+    chosen = resolve_backend(
+        backend, "sparse_attention", q.device, _why_not(q, connectivity, summary, backend)
+    )
+    if chosen == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        if not torch.compiler.is_compiling():  # compiled code cannot log
+            _say_torch_has_the_gradients()
+        chosen = "torch"
     with without_autocast(q.device):
         if chosen == "reference":
             return reference.sparse_attention(q, k, v, connectivity, summary, scale)
         if chosen == "torch":
             return torch_backend.sparse_attention(q, k, v, connectivity, summary, scale)
+        geometry = (*connectivity.grid, connectivity.prefix, connectivity.tile, summary or 0)
+        if chosen == "cpu":
+            native: Tensor = library.attend_cpu(q, k, v, connectivity.indices, *geometry, scale)
+            return native
         if scale < 0:  # kernels take the largest product for that of the largest logit
             q, scale = -q, -scale
-        geometry = (*connectivity.grid, connectivity.prefix, connectivity.tile, summary or 0)
         out: Tensor = library.attend(q, k, v, connectivity.indices, *geometry, scale)[0]
         return out
+
+
+def _why_not(q: Tensor, connectivity: Connectivity, summary: int | None, backend: str) -> dict[str, str]:
+    """Why kernels do not take these inputs, by backend."""
+    reasons = {name: library.why_no_kernel(name, q) for name in ("triton", "cpu")}
+    windows = connectivity.layout.squares(summary) if summary else 0
+    if not reasons["triton"] and windows > library.LARGEST_WINDOWS:
+        reasons["triton"] = f"takes at most {library.LARGEST_WINDOWS} summary windows, got {windows}"
+    if backend == "auto" and connectivity.tile == 1:
+        # lists of single queries need a mask or packing; the torch backend's mask is the one that was tried
+        reasons["triton"] = reasons["triton"] or "was not measured for lists of single queries"
+    return reasons
+
+
+@functools.cache
+def _say_torch_has_the_gradients() -> None:
+    _logger.info("sparsifiner: sparse_attention: 'cpu' is for inference, gradients take 'torch'")

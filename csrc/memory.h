@@ -1,0 +1,62 @@
+// Scratch memory and elements in memory. Everything lives in the namespace of its instruction set: a function
+// that two of them share would be linked from either.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+#include "sparsifiner.h"
+#include "vector.h"
+
+namespace sparsifiner::SPARSIFINER_ISA {
+
+inline int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
+inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+// Uninitialised elements, aligned to cache lines.
+template <class Element>
+class Buffer {
+   public:
+    explicit Buffer(int64_t count)
+        : data_(static_cast<Element*>(
+              std::aligned_alloc(64, static_cast<size_t>(round_up(count * sizeof(Element) + 1, 64))))) {
+        if (!data_) throw std::bad_alloc();
+    }
+    ~Buffer() { std::free(data_); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    operator Element*() const { return data_; }
+
+   private:
+    Element* data_;
+};
+
+using Bfloat16 = uint16_t;
+using Halves = uint16_t __attribute__((vector_size(LANES * 2)));
+
+inline Floats load(const Bfloat16* from) {
+    return (Floats)(__builtin_convertvector(load_as<Halves>(from), Ints) << 16);
+}
+
+// To the nearest, ties to even.
+inline void store(Bfloat16* to, Floats x) {
+    const Ints bits = (Ints)x;
+    const Ints rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    const Ints quiet = (bits >> 16) | 0x40;
+    const Halves halves = __builtin_convertvector(x != x ? quiet : rounded, Halves);
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+// A row of a head.
+template <class Element>
+inline Element* row_of(const SparsifinerTensor& x, int64_t batch, int64_t head, int64_t token) {
+    return static_cast<Element*>(x.data) + batch * x.batch + head * x.head + token * x.token;
+}
+
+template <class Element>
+inline void copy_row(float* to, const Element* from, int64_t size) {
+    for (int64_t i = 0; i < size; i += LANES) store(to + i, load(from + i));
+}
+
+}  // namespace sparsifiner::SPARSIFINER_ISA

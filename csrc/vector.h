@@ -1,0 +1,146 @@
+// A thin vector of floats, as wide as the instruction set that a file is compiled for.
+//
+// Arithmetic is the compiler's own on vector types (a * b + c becomes one FMA); only what it has no operator
+// for is written with intrinsics.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace sparsifiner::SPARSIFINER_ISA {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+
+using Floats = float __attribute__((vector_size(LANES * 4)));
+using Ints = int32_t __attribute__((vector_size(LANES * 4)));
+
+template <class Vector, class Element>
+inline Vector load_as(const Element* from) {
+    Vector x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline Floats load(const float* from) { return load_as<Floats>(from); }
+inline Ints load(const int32_t* from) { return load_as<Ints>(from); }
+inline void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+inline void store(int32_t* to, Ints x) { std::memcpy(to, &x, sizeof x); }
+
+inline Floats all(float x) { return Floats{} + x; }
+inline Ints all(int32_t x) { return Ints{} + x; }
+
+// 0, 1, 2, ...
+inline Ints iota() {
+    Ints x;
+    for (int lane = 0; lane < LANES; ++lane) x[lane] = lane;
+    return x;
+}
+
+// Lanes of a comparison as bits.
+inline uint32_t bits_of(Ints comparison) {
+#if defined(__AVX512F__)
+    return _mm512_movepi32_mask((__m512i)comparison);
+#else
+    return static_cast<uint32_t>(_mm256_movemask_ps((__m256)comparison));
+#endif
+}
+
+// NaN in the first argument is kept.
+inline Floats larger(Floats x, Floats y) { return x < y ? y : x; }
+
+inline float sum_of(Floats x) {
+    float total = 0;
+    for (int lane = 0; lane < LANES; ++lane) total += x[lane];
+    return total;
+}
+
+inline int32_t sum_of(Ints x) {
+    int32_t total = 0;
+    for (int lane = 0; lane < LANES; ++lane) total += x[lane];
+    return total;
+}
+
+inline float max_of(Floats x) {
+    float largest = x[0];
+    for (int lane = 1; lane < LANES; ++lane) largest = largest < x[lane] ? x[lane] : largest;
+    return largest;
+}
+
+// 2 ** x for x <= 0, to 2e-7; below -126 it is 2 ** -126.
+inline Floats exp2(Floats x) {
+    x = x < -126.0f ? all(-126.0f) : x;
+    const float round = 12582912.0f;  // 1.5 * 2 ** 23: adding it leaves the nearest integer in the low bits
+    const Floats shifted = x + round;
+    const Floats f = x - (shifted - round);
+    Floats p = all(1.535336188e-4f);
+    p = p * f + 1.339887440e-3f;
+    p = p * f + 9.618437357e-3f;
+    p = p * f + 5.550332471e-2f;
+    p = p * f + 2.402264791e-1f;
+    p = p * f + 6.931472028e-1f;
+    p = p * f + 1.0f;
+    const Ints exponent = ((Ints)shifted - 0x4B400000 + 127) << 23;
+    return p * (Floats)exponent;
+}
+
+// Packs the lanes whose bit is set to the front and stores all; returns how many they are.
+inline int compress(int32_t* to, Ints x, uint32_t bits) {
+#if defined(__AVX512F__)
+    // not the storing form, which is slow on some machines
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), (__m512i)x));
+    return __builtin_popcount(bits);
+#else
+    int count = 0;
+    for (; bits; bits &= bits - 1) to[count++] = x[__builtin_ctz(bits)];
+    return count;
+#endif
+}
+
+// Lanes with x >= y as bits; shorter than `bits_of` a comparison, which goes through a vector.
+inline uint32_t at_least(Floats x, Floats y) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_GE_OQ);
+#else
+    return bits_of(x >= y);
+#endif
+}
+
+inline uint32_t at_least(Ints x, Ints y) {
+#if defined(__AVX512F__)
+    return _mm512_cmpge_epi32_mask((__m512i)x, (__m512i)y);
+#else
+    return bits_of(x >= y);
+#endif
+}
+
+#if !defined(__AVX512F__)
+// For each set of 8 lanes: their numbers, one a byte, in order.
+struct LanesOfBits {
+    uint64_t lanes[256] = {};
+    constexpr LanesOfBits() {
+        for (int bits = 0; bits < 256; ++bits)
+            for (int lane = 0, place = 0; lane < 8; ++lane)
+                if (bits >> lane & 1) lanes[bits] |= static_cast<uint64_t>(lane) << 8 * place++;
+    }
+};
+inline constexpr LanesOfBits LANES_OF_BITS;
+#endif
+
+// As `compress`, always storing LANES elements: for AVX2 a permutation instead of a loop over bits.
+inline int pack(int32_t* to, Ints x, uint32_t bits) {
+#if defined(__AVX512F__)
+    return compress(to, x, bits);
+#else
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&LANES_OF_BITS.lanes[bits]));
+    store(to, (Ints)_mm256_permutevar8x32_epi32((__m256i)x, _mm256_cvtepu8_epi32(bytes)));
+    return __builtin_popcount(bits);
+#endif
+}
+
+}  // namespace sparsifiner::SPARSIFINER_ISA

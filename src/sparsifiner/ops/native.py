@@ -1,0 +1,197 @@
+"""The library of native CPU kernels: where it is, why it is missing, and its C interface."""
+
+import ctypes
+import enum
+import functools
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# torch comes first: the library then shares the OpenMP threads that torch has loaded
+import torch  # noqa: F401
+
+import sparsifiner
+
+LIBRARY_VARIABLE = "SPARSIFINER_LIBRARY"
+ISA_VARIABLE = "SPARSIFINER_ISA"
+_FILE = "_native.so"
+_REINSTALL = "pip install --force-reinstall --no-deps ."
+
+
+class Isa(enum.IntEnum):
+    """Instruction sets, each including those before it, as in csrc/sparsifiner.h."""
+
+    NONE = 0
+    AVX2 = 1
+    AVX512 = 2
+    AVX512_BF16 = 3
+
+
+class Dtype(enum.IntEnum):
+    """Element types of `Attention`."""
+
+    FP32 = 0
+    BF16 = 1
+
+
+class Lists(ctypes.Structure):
+    """`SparsifinerLists`: key lists that are to be written."""
+
+    _fields_ = (
+        ("total", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("budget", ctypes.c_int64),
+        ("forced", ctypes.c_int64),
+        ("own_size", ctypes.c_int64),
+        ("own", ctypes.c_void_p),
+        ("indices", ctypes.c_void_p),
+    )
+
+
+class NativeTensor(ctypes.Structure):
+    """`SparsifinerTensor`: [B, H, N, d] and the strides of its first three axes, in elements."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("head", ctypes.c_int64),
+        ("token", ctypes.c_int64),
+    )
+
+
+class Attention(ctypes.Structure):
+    """`SparsifinerAttention`: attention over lists and summaries."""
+
+    _fields_ = (
+        ("q", NativeTensor),
+        ("k", NativeTensor),
+        ("v", NativeTensor),
+        ("out", NativeTensor),
+        ("dtype", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("prefix", ctypes.c_int64),
+        ("tiles", ctypes.c_int64),
+        ("tile_size", ctypes.c_int64),
+        ("tile_tokens", ctypes.c_void_p),
+        ("keys", ctypes.c_int64),
+        ("indices", ctypes.c_void_p),
+        ("windows", ctypes.c_int64),
+        ("window_size", ctypes.c_int64),
+        ("window_tokens", ctypes.c_void_p),
+        ("window_of", ctypes.c_void_p),
+    )
+
+
+def library() -> ctypes.CDLL | None:
+    """The library, None where it is missing; `why_missing` says why. It is looked for once."""
+    return _load()[0]
+
+
+def loaded() -> ctypes.CDLL:
+    """The library, which must be there."""
+    native = library()
+    assert native is not None, why_missing()
+    return native
+
+
+def why_missing() -> str:
+    """Why there is no library and what to do about it, "" where there is one."""
+    return _load()[1]
+
+
+def why_not() -> str:
+    """Why native kernels do not run here and what to do about it, "" where they do.
+
+    Raises:
+        ValueError: SPARSIFINER_ISA asks for what this machine does not have.
+    """
+    if library() is None:
+        return why_missing()
+    if _machine_isa() == Isa.NONE:
+        return "native CPU kernels need a processor with AVX2, FMA and F16C"
+    if best_isa() == Isa.NONE:
+        return f"native CPU kernels are switched off by {ISA_VARIABLE}=none; unset it"
+    return ""
+
+
+def best_isa() -> Isa:
+    """The instruction set that kernels use: the machine's best, or a lower one that SPARSIFINER_ISA names.
+
+    `Isa.NONE` where there is no library.
+
+    Raises:
+        ValueError: SPARSIFINER_ISA is unknown or asks for more than there is.
+    """
+    best = _machine_isa()
+    asked = os.environ.get(ISA_VARIABLE)
+    if not asked:
+        return best
+    choices = [isa.name.lower() for isa in Isa]
+    if asked not in choices:
+        raise ValueError(f"{ISA_VARIABLE}={asked!r} is unknown; choose one of {', '.join(choices)}")
+    isa = Isa[asked.upper()]
+    if isa > best:
+        reason = f" ({why_missing()})" if why_missing() else ""
+        possible = ", ".join(choices[: best + 1])
+        raise ValueError(f"{ISA_VARIABLE}={asked!r} cannot be used here{reason}; choose one of {possible}")
+    return isa
+
+
+@functools.cache
+def _machine_isa() -> Isa:
+    native = library()
+    return Isa.NONE if native is None else Isa(native.sparsifiner_best_isa())
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why."""
+    file = _find()
+    if file is None:
+        return None, _why_not_installed()
+    try:
+        native = ctypes.CDLL(str(file))
+        _declare(native)
+    except (OSError, AttributeError) as error:  # AttributeError: a function is not in the library
+        return None, f"native CPU kernels cannot be loaded from {file}: {error}; reinstall with {_REINSTALL}"
+    return native, ""
+
+
+def _find() -> Path | None:
+    chosen = os.environ.get(LIBRARY_VARIABLE)
+    if chosen:
+        return Path(chosen)
+    # an editable install has two folders, one for the sources and one for what was built
+    files = (Path(folder) / _FILE for folder in sparsifiner.__path__)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _why_not_installed() -> str:
+    machine, system = platform.machine(), sys.platform
+    if machine.lower() not in {"x86_64", "amd64"} or system not in {"linux", "darwin"}:
+        return f"native CPU kernels are for x86-64 on Linux, this is {machine} on {system}"
+    return (
+        "native CPU kernels are missing: no C++ compiler with OpenMP was found when this was installed; "
+        f"install g++ and run {_REINSTALL}"
+    )
+
+
+def _declare(native: ctypes.CDLL) -> None:
+    """Types of the functions of csrc/sparsifiner.h."""
+    call = (ctypes.c_int32, ctypes.c_int32)  # isa, threads
+
+    def declare(function: Callable[..., object], result: type | None, *arguments: type) -> None:
+        function.restype, function.argtypes = result, arguments  # type: ignore[attr-defined]
+
+    lists, pointer, size = ctypes.POINTER(Lists), ctypes.c_void_p, ctypes.c_int64
+    declare(native.sparsifiner_best_isa, ctypes.c_int32)
+    declare(native.sparsifiner_select_topk, None, *call, lists, pointer)
+    declare(native.sparsifiner_select_lowrank, None, *call, lists, pointer, pointer, size, size)
+    declare(native.sparsifiner_attend, None, *call, ctypes.POINTER(Attention))

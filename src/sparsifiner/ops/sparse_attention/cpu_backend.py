@@ -1,0 +1,72 @@
+"""Sparse attention by the native library: one call of its C function."""
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from sparsifiner.layout import TokenLayout
+from sparsifiner.ops import native
+
+_DTYPES = {torch.float32: native.Dtype.FP32, torch.bfloat16: native.Dtype.BF16}
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    indices: Tensor,
+    layout: TokenLayout,
+    tile: int,
+    summary: int,
+    scale: float,
+) -> Tensor:
+    """Same function as the reference, forward only, for fp32 and bf16.
+
+    Keys and values of a few heads at a time are copied to fp32 rows with the summaries behind them.
+    Tiles of queries share one gathered list, single queries have their own; threads take them in turns.
+
+    Args:
+        q: [B, H, N, d], as are `k` and `v`; d a multiple of 16. Rows must be contiguous.
+        k: keys.
+        v: values.
+        indices: int32 [B, H, rows, keys].
+        layout: where the tokens lie.
+        tile: side of a tile of queries.
+        summary: side of the windows, 0 for no summaries.
+        scale: factor of the logits.
+
+    Returns:
+        [B, H, N, d] in the dtype of `q`.
+    """
+    B, H, N, d = q.shape
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    indices = indices.contiguous()
+    out = torch.empty(B, N, H, d, dtype=q.dtype).transpose(1, 2)
+    tile_tokens, window_tokens, window_of = _tables(layout, tile, summary)
+    attention = native.Attention(
+        *(_tensor(x) for x in (q, k, v, out)),
+        *(_DTYPES[q.dtype], scale, B, H, N, d, layout.prefix),
+        *(*tile_tokens.shape, tile_tokens.data_ptr(), indices.shape[-1], indices.data_ptr()),
+        *(*window_tokens.shape, window_tokens.data_ptr(), window_of.data_ptr()),
+    )
+    native.loaded().sparsifiner_attend(native.best_isa(), torch.get_num_threads(), ctypes.byref(attention))
+    return out
+
+
+def _tensor(x: Tensor) -> native.NativeTensor:
+    return native.NativeTensor(x.data_ptr(), *x.stride()[:3])
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(layout: TokenLayout, tile: int, summary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens of each tile and of each window, and the window of each token, -1 for none: all int32."""
+    cpu = torch.device("cpu")
+    tile_tokens = layout.square_tokens(tile, cpu).int().contiguous()
+    if not summary:
+        none = torch.empty(0, 0, dtype=torch.int32)
+        return tile_tokens, none, none
+    token = torch.arange(layout.tokens)
+    window_of = torch.where(token < layout.prefix, -1, layout.square_of_token(token, summary))
+    return tile_tokens, layout.square_tokens(summary, cpu).int().contiguous(), window_of.int()

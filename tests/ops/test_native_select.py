@@ -1,0 +1,125 @@
+"""Native selection against the reference, on every instruction set that this machine has."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sparsifiner.layout import TokenLayout
+from sparsifiner.ops import native, select_topk
+from sparsifiner.scorers import ListSpec
+from tests.ops.cases import layout_of, make_qkv
+from tests.ops.test_select_backends import assert_equals_reference, lowrank_scorer, special_scores
+
+pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "runs")
+INSTRUCTION_SETS = [isa.name.lower() for isa in native.Isa if isa and isa <= native.best_isa()]
+
+
+@pytest.fixture(params=INSTRUCTION_SETS, autouse=True)
+def _isa(request, monkeypatch):
+    monkeypatch.setenv(native.ISA_VARIABLE, request.param)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**31),
+    rows=st.integers(1, 5),
+    keys=st.integers(1, 200),
+    levels=st.sampled_from([1, 2, 5, 1000]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    data=st.data(),
+)
+def test_any_scores(seed, rows, keys, levels, dtype, data):
+    budget = data.draw(st.integers(1, keys))
+    forced = data.draw(st.integers(0, min(budget, 5)))
+    assert_equals_reference(special_scores(seed, rows, keys, levels).to(dtype), budget, "cpu", forced=forced)
+
+
+@pytest.mark.parametrize("keys", [1, 7, 8, 9, 15, 16, 17, 577, 1025, 20_000])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9, 1.0])
+def test_distributions(keys, share):
+    budget = max(1, round(share * keys))
+    normal = torch.randn(1, 2, 4, keys)
+    skewed = [normal.exp(), normal**3, (normal - 5).relu(), normal.abs().pow(40), normal * 1e-42]
+    for scores in (normal, *skewed, torch.arange(keys).expand(1, 1, 2, keys).float()):
+        assert_equals_reference(scores, budget, "cpu")
+
+
+def test_threads_change_nothing():
+    scores = torch.randn(2, 3, 40, 300)
+    expected = select_topk(scores, 30, backend="reference")
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(select_topk(scores, 30, backend="cpu"), expected)
+    torch.set_num_threads(1)
+
+
+def test_rows_without_a_score_take_their_own_tokens():
+    scores = torch.full((1, 2, 2, 6), float("-inf"))
+    own = torch.tensor([[2, 3], [4, -1]])
+    for budget in (1, 2, 4):
+        expected = select_topk(scores, budget, forced=1, own=own, backend="reference")
+        assert torch.equal(select_topk(scores, budget, forced=1, own=own, backend="cpu"), expected)
+
+
+def test_empty_batch():
+    assert select_topk(torch.randn(0, 2, 3, 9), 4, backend="cpu").shape == (0, 2, 3, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("patches", "prefix", "tile", "basis", "kept", "budget"),
+    [
+        (4, 1, 1, 4, 2, 3),
+        (62, 0, 1, 32, 8, 7),
+        (196, 5, 4, 32, 8, 20),
+        (62, 2, 8, 6, 6, 64),
+        (256, 1, 1, 33, 1, 26),
+    ],
+)
+def test_lowrank_lists(patches, prefix, tile, basis, kept, budget, dtype):
+    layout = layout_of(patches, prefix)
+    scorer = lowrank_scorer(layout, 16, basis, kept)
+    q, k, _ = make_qkv(layout, batch=2, dtype=dtype)
+    q[0, 0, -1] = torch.nan
+    spec = ListSpec(layout, tile, min(budget, layout.tokens), 0, 1.0, "cpu")
+    indices = scorer(q, k, spec).indices
+    # rounding differs from torch's sums, so lists are compared by the scores that they hold
+    scores = scorer.scores(q, k, spec)
+    expected = select_topk(scores, spec.budget, own=layout.square_tokens(tile, q.device), backend="reference")
+    assert (indices.diff(dim=-1) > 0)[indices[..., 1:] >= 0].all()
+    held, best = (scores.nan_to_num().gather(-1, each.clamp(min=0).long()) for each in (indices, expected))
+    held, best = (each.masked_fill(lists < 0, 0) for each, lists in ((held, indices), (best, expected)))
+    assert torch.equal((indices >= 0).sum(-1), (expected >= 0).sum(-1))
+    assert torch.allclose(held.sort(-1).values, best.sort(-1).values, rtol=1e-5, atol=1e-7)
+
+
+def test_lowrank_sums_follow_the_largest_coefficients_in_order():
+    # powers of two: sums are exact, ties of coefficients and of scores are many
+    generator = torch.Generator().manual_seed(0)
+    coefficients = 2.0 ** -torch.randint(0, 4, (1, 2, 50, 12), generator=generator)
+    basis = torch.randint(0, 5, (12, 90), generator=generator).float()
+    own = torch.arange(50).unsqueeze(1)
+    indices = torch.ops.sparsifiner.select_lowrank_cpu(coefficients, basis, 5, 17, 1, own)
+    # of equal coefficients the first ones
+    order = coefficients.argsort(dim=-1, descending=True, stable=True)[..., :5]
+    sparse = torch.zeros_like(coefficients).scatter(-1, order, coefficients.gather(-1, order))
+    expected = select_topk(sparse @ basis, 17, forced=1, own=own, backend="reference")
+    assert torch.equal(indices, expected)
+
+
+def test_operators():
+    scores, own = torch.randn(1, 2, 3, 9), torch.arange(3).unsqueeze(1)
+    torch.library.opcheck(torch.ops.sparsifiner.select_topk_cpu, (scores, 4, 1, own))
+    torch.library.opcheck(
+        torch.ops.sparsifiner.select_lowrank_cpu, (torch.rand(1, 2, 3, 4), torch.rand(4, 9), 2, 4, 1, own)
+    )
+
+
+def test_scorers_select_natively():
+    layout = TokenLayout((9, 7), 1)
+    q, k, _ = make_qkv(layout)
+    spec = ListSpec(layout, 1, 9, 0, 1.0, "cpu")
+    scorer = lowrank_scorer(layout, 16, 8, 3)
+    reference = scorer(q, k, ListSpec(layout, 1, 9, 0, 1.0, "reference")).indices
+    assert (scorer(q, k, spec).indices == reference).float().mean() > 0.99
