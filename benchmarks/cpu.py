@@ -28,8 +28,9 @@ PER_QUERY = OpsBenchmark(
     backend="cpu",
     dtype="fp32",
     device="cpu",
+    runs=15,
 )
-TILES = replace(PER_QUERY, grid=[14, 24, 32, 64], tile=8, summary=8, scorer="pooled")
+TILES = replace(PER_QUERY, tile=8, summary=8, scorer="pooled")
 MODEL = ModelBenchmark(
     img_size=[224, 512, 1024], batch_size=1, dtype="fp32", device="cpu", runs=11, warmup=2, latency=False
 )

@@ -8,8 +8,6 @@ namespace {
 
 // Heads of this many bytes of keys and values are worked on at once.
 constexpr int64_t GROUP_BYTES = 8 << 20;
-// Single queries that make one task.
-constexpr int64_t TASK_QUERIES = 32;
 
 template <class Element>
 void fill_row(const Place& at, int64_t token) {
@@ -32,11 +30,6 @@ void fill_mean(const SparsifinerAttention& a, float* rows, int64_t window, int64
     }
 }
 
-int64_t filled(const int32_t* tokens, int64_t size) {
-    while (size && tokens[size - 1] < 0) --size;
-    return size;
-}
-
 template <class Element>
 void attend_as(int threads, const SparsifinerAttention& a) {
     const int64_t pairs = a.batch * a.heads, rows = a.tokens + a.windows;
@@ -51,7 +44,7 @@ void attend_as(int threads, const SparsifinerAttention& a) {
     const int64_t parts = round_up(a.tile_size, TILE_QUERIES) / TILE_QUERIES;
     const int64_t prefix_tasks = round_up(a.prefix, TILE_QUERIES) / TILE_QUERIES;
     const int64_t tasks =
-        prefix_tasks + (single ? round_up(a.tiles, TASK_QUERIES) / TASK_QUERIES : a.tiles * parts);
+        prefix_tasks + (single ? round_up(a.tiles, QUERY_BLOCK) / QUERY_BLOCK : a.tiles * parts);
     const int64_t longest = a.prefix ? rows : smaller(rows, a.keys + a.windows);
 
     for (int64_t first = 0; first < pairs; first += group) {
@@ -62,9 +55,9 @@ void attend_as(int threads, const SparsifinerAttention& a) {
         };
 #pragma omp parallel num_threads(threads)
         {
-            Keys listed(longest, a.windows);
-            const TileScratch scratch(a.head_dim, longest);
-            const Buffer<float> query(a.head_dim);
+            const KeyScratch lists(single ? QUERY_BLOCK : 1, longest, a.windows);
+            const TileScratch tile_scratch(a.head_dim, longest);
+            const QueryScratch query_scratch(a.head_dim, single ? longest : 0);
 #pragma omp for schedule(static) collapse(2)
             for (int64_t at = 0; at < count; ++at)
                 for (int64_t token = 0; token < a.tokens; ++token) fill_row<Element>(place(at), token);
@@ -80,27 +73,29 @@ void attend_as(int threads, const SparsifinerAttention& a) {
                     const Place here = place(at);
                     if (task < prefix_tasks) {
                         const int64_t token = task * TILE_QUERIES;
-                        listed.collect(here, every, a.tokens, false, sizes);
+                        const Keys keys = lists.collect(0, a, every, a.tokens, false, sizes);
                         attend_tile<Element>(
-                            here, every + token, smaller(TILE_QUERIES, a.prefix - token), listed, scratch);
+                            here, every + token, smaller(TILE_QUERIES, a.prefix - token), keys, tile_scratch);
                         continue;
                     }
-                    const int32_t* lists = a.indices + (first + at) * a.tiles * a.keys;
+                    const int32_t* indices = a.indices + (first + at) * a.tiles * a.keys;
                     const int64_t work = task - prefix_tasks;
                     if (single) {
-                        const int64_t start = work * TASK_QUERIES;
-                        for (int64_t row = start; row < smaller(a.tiles, start + TASK_QUERIES); ++row) {
-                            listed.collect(here, lists + row * a.keys, a.keys, true, sizes);
-                            attend_query<Element>(here, a.tile_tokens[row], listed, query, scratch.weights);
-                        }
+                        const int64_t row = work * QUERY_BLOCK, queries = smaller(QUERY_BLOCK, a.tiles - row);
+                        Keys keys[QUERY_BLOCK];
+                        for (int64_t u = 0; u < queries; ++u)
+                            keys[u] =
+                                lists.collect(u, a, indices + (row + u) * a.keys, a.keys, true, sizes);
+                        attend_queries<Element>(here, a.tile_tokens + row, queries, keys, query_scratch);
                         continue;
                     }
                     const int64_t tile = work / parts, start = work % parts * TILE_QUERIES;
                     const int32_t* tokens = a.tile_tokens + tile * a.tile_size;
                     const int64_t queries = filled(tokens, a.tile_size) - start;
                     if (queries <= 0) continue;
-                    listed.collect(here, lists + tile * a.keys, a.keys, true, sizes);
-                    attend_tile<Element>(here, tokens + start, smaller(queries, TILE_QUERIES), listed, scratch);
+                    const Keys keys = lists.collect(0, a, indices + tile * a.keys, a.keys, true, sizes);
+                    attend_tile<Element>(
+                        here, tokens + start, smaller(queries, TILE_QUERIES), keys, tile_scratch);
                 }
         }
     }

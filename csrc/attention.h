@@ -6,7 +6,7 @@
 namespace sparsifiner::SPARSIFINER_ISA {
 
 constexpr float LOG2_E = 1.44269504f;
-// Rows that products may read and write behind the last key.
+// Keys that products may read behind the last one.
 constexpr int SPARE_KEYS = 32;
 
 // Keys and values of one head in fp32: tokens first, then summaries.
@@ -15,52 +15,59 @@ struct Table {
     float* values;
 };
 
-// Where queries of one head come from and where their results go.
+// The head that is worked on.
 struct Place {
     const SparsifinerAttention& a;
     Table table;
     int64_t batch, head;
+
+    const float* key(int32_t row) const { return table.keys + row * a.head_dim; }
+    const float* value(int32_t row) const { return table.values + row * a.head_dim; }
 };
 
-// The keys of one list, ready to be multiplied.
+// The keys of one list, as rows of a table.
 struct Keys {
-    explicit Keys(int64_t longest, int64_t windows)
-        : key(longest + SPARE_KEYS), value(longest + SPARE_KEYS), bias(longest + SPARE_KEYS), missing(windows) {}
+    int32_t* row;
+    float* bias;  // log2 of how many tokens a key stands for
+    int64_t count;
+};
 
-    // Takes the tokens of a list up to its first empty slot, then, if there are any, the summaries of what it
+// Memory for the keys of some lists.
+class KeyScratch {
+   public:
+    KeyScratch(int64_t lists, int64_t longest, int64_t windows)
+        : stride_(round_up(longest + SPARE_KEYS, LANES)),
+          rows_(lists * stride_),
+          bias_(lists * stride_),
+          missing_(windows) {}
+
+    // Takes the tokens of a list up to its first empty slot, then, if they are wanted, the summaries of what it
     // lacks; `sizes` are the tokens of each window.
-    void collect(const Place& at, const int32_t* list, int64_t length, bool summaries, const int32_t* sizes) {
-        const SparsifinerAttention& a = at.a;
-        count = 0;
-        for (int64_t j = 0; j < length && list[j] >= 0; ++j) add(at, list[j], 0.0f);
-        const int64_t tokens = count;
+    Keys collect(
+        int64_t place, const SparsifinerAttention& a, const int32_t* list, int64_t length, bool summaries,
+        const int32_t* sizes) const {
+        Keys keys{rows_ + place * stride_, bias_ + place * stride_, filled(list, length)};
+        std::memcpy(keys.row, list, keys.count * sizeof *list);
+        std::memset(keys.bias, 0, (keys.count + LANES) * sizeof *keys.bias);
         if (summaries && a.windows) {
-            std::memcpy(missing, sizes, a.windows * sizeof(int32_t));
-            for (int64_t j = 0; j < tokens; ++j)
-                if (a.window_of[list[j]] >= 0) --missing[a.window_of[list[j]]];
-            for (int64_t w = 0; w < a.windows; ++w)
-                if (missing[w] > 0) add(at, a.tokens + w, __builtin_log2f(static_cast<float>(missing[w])));
+            std::memcpy(missing_, sizes, a.windows * sizeof *sizes);
+            for (int64_t j = 0; j < keys.count; ++j)
+                if (a.window_of[list[j]] >= 0) --missing_[a.window_of[list[j]]];
+            for (int64_t w = 0; w < a.windows; ++w) {
+                if (!missing_[w]) continue;
+                keys.bias[keys.count] = __builtin_log2f(static_cast<float>(missing_[w]));
+                keys.row[keys.count++] = static_cast<int32_t>(a.tokens + w);
+            }
         }
-        for (int j = 0; j < SPARE_KEYS; ++j) {
-            key[count + j] = at.table.keys;
-            value[count + j] = at.table.values;
-            bias[count + j] = 0.0f;
-        }
+        std::memset(keys.row + keys.count, 0, SPARE_KEYS * sizeof *keys.row);
+        return keys;
     }
-
-    int64_t count = 0;
-    Buffer<const float*> key;
-    Buffer<const float*> value;
-    Buffer<float> bias;  // log2 of how many tokens a key stands for
 
    private:
-    void add(const Place& at, int64_t row, float log_count) {
-        key[count] = at.table.keys + row * at.a.head_dim;
-        value[count] = at.table.values + row * at.a.head_dim;
-        bias[count++] = log_count;
-    }
-
-    Buffer<int32_t> missing;
+    const int64_t stride_;
+    const Buffer<int32_t> rows_;
+    const Buffer<float> bias_;
+    const Buffer<int32_t> missing_;
 };
 
 }  // namespace sparsifiner::SPARSIFINER_ISA

@@ -48,6 +48,12 @@ inline void store(Bfloat16* to, Floats x) {
     std::memcpy(to, &halves, sizeof halves);
 }
 
+// Slots of a list before the empty ones, which come last.
+inline int64_t filled(const int32_t* list, int64_t size) {
+    while (size && list[size - 1] < 0) --size;
+    return size;
+}
+
 // A row of a head.
 template <class Element>
 inline Element* row_of(const SparsifinerTensor& x, int64_t batch, int64_t head, int64_t token) {

@@ -21,46 +21,45 @@ struct TileScratch {
     Buffer<float> weights;  // [keys, queries]
 };
 
-template <int Vectors, int Keys>
+template <int Vectors, int Count>
 inline void multiply_block(
-    const float* queries, int64_t stride, int64_t size, const float* const* keys, float* products) {
-    Floats sums[Keys][Vectors] = {};
-    for (int64_t i = 0; i < size; ++i) {
+    const float* queries, int64_t stride, const Place& at, const int32_t* rows, float* products) {
+    const float* keys[Count];
+    for (int j = 0; j < Count; ++j) keys[j] = at.key(rows[j]);
+    Floats sums[Count][Vectors] = {};
+    for (int64_t i = 0; i < at.a.head_dim; ++i) {
         Floats query[Vectors];
 #pragma GCC unroll 4
         for (int u = 0; u < Vectors; ++u) query[u] = load(queries + i * stride + u * LANES);
 #pragma GCC unroll 24
-        for (int j = 0; j < Keys; ++j) {
+        for (int j = 0; j < Count; ++j) {
             const Floats key = all(keys[j][i]);
 #pragma GCC unroll 4
             for (int u = 0; u < Vectors; ++u) sums[j][u] += key * query[u];
         }
     }
 #pragma GCC unroll 24
-    for (int j = 0; j < Keys; ++j)
+    for (int j = 0; j < Count; ++j)
 #pragma GCC unroll 4
         for (int u = 0; u < Vectors; ++u) store(products + j * stride + u * LANES, sums[j][u]);
 }
 
 template <int Vectors>
-inline void multiply_keys(
-    const float* queries, int64_t stride, int64_t size, const float* const* keys, int64_t count,
-    float* products) {
+inline void multiply_columns(
+    const float* queries, int64_t stride, const Place& at, const Keys& keys, float* products) {
     constexpr int at_once = SUMS / Vectors;
-    for (int64_t j = 0; j < count; j += at_once)
-        multiply_block<Vectors, at_once>(queries, stride, size, keys + j, products + j * stride);
+    for (int64_t j = 0; j < keys.count; j += at_once)
+        multiply_block<Vectors, at_once>(queries, stride, at, keys.row + j, products + j * stride);
 }
 
 // Products of keys and queries [d, stride], a whole number of vectors wide: [count, stride].
-inline void multiply(
-    const float* queries, int64_t stride, int64_t size, const float* const* keys, int64_t count,
-    float* products) {
+inline void multiply(const float* queries, int64_t stride, const Place& at, const Keys& keys, float* products) {
     int64_t u = 0;
     for (; u + QUERY_VECTORS * LANES <= stride; u += QUERY_VECTORS * LANES)
-        multiply_keys<QUERY_VECTORS>(queries + u, stride, size, keys, count, products + u);
+        multiply_columns<QUERY_VECTORS>(queries + u, stride, at, keys, products + u);
     for (; u + 2 * LANES <= stride; u += 2 * LANES)
-        multiply_keys<2>(queries + u, stride, size, keys, count, products + u);
-    for (; u < stride; u += LANES) multiply_keys<1>(queries + u, stride, size, keys, count, products + u);
+        multiply_columns<2>(queries + u, stride, at, keys, products + u);
+    for (; u < stride; u += LANES) multiply_columns<1>(queries + u, stride, at, keys, products + u);
 }
 
 // Turns a column of products into weights, in place, and returns their sums.
@@ -83,13 +82,14 @@ inline Floats soften(float* products, int64_t stride, const float* bias, int64_t
 // Weighted sums of values for SUM_QUERIES queries: dims from `offset` on.
 template <int Vectors>
 inline void sum_values(
-    const float* weights, int64_t stride, const float* const* values, int64_t offset, int64_t count,
+    const float* weights, int64_t stride, const Place& at, const Keys& keys, int64_t offset,
     Floats (&sums)[SUM_QUERIES][Vectors]) {
     Floats total[SUM_QUERIES][Vectors] = {};
-    for (int64_t j = 0; j < count; ++j) {
+    for (int64_t j = 0; j < keys.count; ++j) {
+        const float* from = at.value(keys.row[j]) + offset;
         Floats value[Vectors];
 #pragma GCC unroll 4
-        for (int c = 0; c < Vectors; ++c) value[c] = load(values[j] + offset + c * LANES);
+        for (int c = 0; c < Vectors; ++c) value[c] = load(from + c * LANES);
 #pragma GCC unroll 6
         for (int u = 0; u < SUM_QUERIES; ++u) {
             const Floats weight = all(weights[j * stride + u]);
@@ -109,7 +109,7 @@ void write_dims(
     const float* inverse, const Keys& keys, int64_t offset) {
     for (int64_t first = 0; first < queries; first += SUM_QUERIES) {
         Floats sums[SUM_QUERIES][Vectors];
-        sum_values(weights + first, stride, keys.value, offset, keys.count, sums);
+        sum_values(weights + first, stride, at, keys, offset, sums);
         for (int64_t u = first; u < smaller(queries, first + SUM_QUERIES); ++u) {
             Element* out = row_of<Element>(at.a.out, at.batch, at.head, tokens[u]) + offset;
             for (int c = 0; c < Vectors; ++c) store(out + c * LANES, sums[u - first][c] * inverse[u]);
@@ -131,7 +131,7 @@ void attend_tile(
             for (int lane = 0; lane < LANES; ++lane) scratch.queries[(i + lane) * stride + u] = part[lane];
         }
     }
-    multiply(scratch.queries, stride, size, keys.key, keys.count, scratch.weights);
+    multiply(scratch.queries, stride, at, keys, scratch.weights);
     float inverse[TILE_QUERIES];
     for (int64_t u = 0; u < stride; u += LANES) {
         const Floats total =

@@ -123,3 +123,12 @@ def test_scorers_select_natively():
     scorer = lowrank_scorer(layout, 16, 8, 3)
     reference = scorer(q, k, ListSpec(layout, 1, 9, 0, 1.0, "reference")).indices
     assert (scorer(q, k, spec).indices == reference).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(("prefix", "tile"), [(1, 1), (5, 4)])
+def test_folded_coefficients_equal_those_of_the_formula(prefix, tile):
+    layout = layout_of(62, prefix)
+    scorer = lowrank_scorer(layout, 16, 8, 3)
+    q, k, _ = make_qkv(layout, batch=2)
+    expected = scorer.coefficients(q, k, layout, tile)
+    assert (scorer._folded_coefficients(q, k, layout, tile) - expected).abs().max() < 1e-5

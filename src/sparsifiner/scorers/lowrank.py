@@ -155,13 +155,27 @@ class LowRankScorer(Scorer):
         return listed
 
     def _cpu_lists(self, q: Tensor, k: Tensor, spec: ListSpec) -> Tensor:
-        coefficients = self.coefficients(q, k, spec.layout, spec.tile)
+        coefficients = self._folded_coefficients(q.float(), k.float(), spec.layout, spec.tile)
         basis = self.basis(spec.layout).float().mT
         kept = min(self.coef_topk, basis.shape[0])
         own = spec.layout.square_tokens(spec.tile, q.device)
         sizes = (kept, spec.budget, spec.forced)
         listed: Tensor = library.select_lowrank_cpu(coefficients, basis, *sizes, own)
         return listed
+
+    def _folded_coefficients(self, q: Tensor, k: Tensor, layout: TokenLayout, tile: int) -> Tensor:
+        """As `coefficients`, in fp32: projections are linear, so K basis rows are projected, not N tokens."""
+        B, H, _, d = q.shape
+        query_weight, query_bias, key_weight, key_bias = (
+            each.float() for each in (self.query.weight, self.query.bias, self.key.weight, self.key.bias)
+        )
+        down = self._resampled_down(layout).float()
+        key_down = F.linear(down.mT @ k, key_weight) + down.sum(0)[:, None] * key_bias  # [B, H, K, c]
+        key_down = key_down * self.temperature
+        folded = (key_down @ query_weight).flatten(0, 1)  # [B * H, K, d]
+        offset = (key_down @ query_bias).flatten(0, 1).unsqueeze(1)
+        query = layout.square_means(q[:, :, layout.prefix :], tile).reshape(B * H, -1, d)
+        return torch.baddbmm(offset, query, folded.mT).softmax(-1).view(B, H, -1, folded.shape[1])
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """See `Scorer.macs`: projections, k_down, coefficients and the sparse product, in this order."""
