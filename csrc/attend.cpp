@@ -10,20 +10,21 @@ namespace {
 constexpr int64_t GROUP_BYTES = 8 << 20;
 
 template <class Element>
-void fill_row(const Place& at, int64_t token) {
+void pack_row(const Place& at, int64_t token) {
     const int64_t size = at.a.head_dim, to = token * size;
-    copy_row(at.table.keys + to, row_of<const Element>(at.a.k, at.batch, at.head, token), size);
-    copy_row(at.table.values + to, row_of<const Element>(at.a.v, at.batch, at.head, token), size);
+    copy_row(at.packed.keys + to, row_of<const Element>(at.a.k, at.batch, at.head, token), size);
+    copy_row(at.packed.values + to, row_of<const Element>(at.a.v, at.batch, at.head, token), size);
 }
 
 // The mean of a window's rows, rounded as the inputs are.
 template <class Element>
-void fill_mean(const SparsifinerAttention& a, float* rows, int64_t window, int64_t count) {
+void average(
+    const SparsifinerAttention& a, const SparsifinerTensor& x, int64_t batch, int64_t head, int64_t window,
+    int64_t count, float* mean) {
     const int32_t* tokens = a.window_tokens + window * a.window_size;
-    float* mean = rows + (a.tokens + window) * a.head_dim;
     for (int64_t i = 0; i < a.head_dim; i += LANES) {
         Floats sum{};
-        for (int64_t j = 0; j < count; ++j) sum += load(rows + tokens[j] * a.head_dim + i);
+        for (int64_t j = 0; j < count; ++j) sum += load(row_of<const Element>(x, batch, head, tokens[j]) + i);
         Element rounded[LANES];
         store(rounded, sum / static_cast<float>(count));
         store(mean + i, load(rounded));
@@ -41,45 +42,55 @@ void attend_as(int threads, const SparsifinerAttention& a) {
         sizes[w] = static_cast<int32_t>(filled(a.window_tokens + w * a.window_size, a.window_size));
 
     const bool single = a.tile_size == 1;
+    // tiles of fp32 inputs and no prefix read the inputs themselves
+    const bool packs = single || a.prefix || sizeof(Element) != sizeof(float);
     const int64_t parts = round_up(a.tile_size, TILE_QUERIES) / TILE_QUERIES;
-    const int64_t prefix_tasks = round_up(a.prefix, TILE_QUERIES) / TILE_QUERIES;
     const int64_t tasks =
-        prefix_tasks + (single ? round_up(a.tiles, QUERY_BLOCK) / QUERY_BLOCK : a.tiles * parts);
-    const int64_t longest = a.prefix ? rows : smaller(rows, a.keys + a.windows);
+        a.prefix + (single ? round_up(a.tiles, QUERY_BLOCK) / QUERY_BLOCK : a.tiles * parts);
+    const int64_t longest = smaller(rows, a.keys + a.windows);
 
     for (int64_t first = 0; first < pairs; first += group) {
         const int64_t count = smaller(group, pairs - first);
         const auto place = [&](int64_t at) {
-            const Table table{keys + at * rows * a.head_dim, values + at * rows * a.head_dim};
-            return Place{a, table, (first + at) / a.heads, (first + at) % a.heads};
+            const int64_t batch = (first + at) / a.heads, head = (first + at) % a.heads;
+            const Packed packed{keys + at * rows * a.head_dim, values + at * rows * a.head_dim};
+            if (sizeof(Element) != sizeof(float))
+                return Place{a, packed, batch, head, packed.keys, packed.values, a.head_dim, a.head_dim};
+            return Place{
+                a,         packed,    batch, head, row_of<const float>(a.k, batch, head, 0),
+                row_of<const float>(a.v, batch, head, 0), a.k.token, a.v.token};
         };
 #pragma omp parallel num_threads(threads)
         {
             const KeyScratch lists(single ? QUERY_BLOCK : 1, longest, a.windows);
-            const TileScratch tile_scratch(a.head_dim, longest);
-            const QueryScratch query_scratch(a.head_dim, single ? longest : 0);
+            const KeyScratch whole_list(1, a.prefix ? a.tokens : 0, 0);
+            const TileScratch tile_scratch(a.head_dim, single ? 0 : longest);
+            const QueryScratch query_scratch(a.head_dim, a.prefix ? a.tokens : single ? longest : 0);
 #pragma omp for schedule(static) collapse(2)
             for (int64_t at = 0; at < count; ++at)
-                for (int64_t token = 0; token < a.tokens; ++token) fill_row<Element>(place(at), token);
+                for (int64_t token = 0; token < (packs ? a.tokens : 0); ++token)
+                    pack_row<Element>(place(at), token);
 #pragma omp for schedule(static) collapse(2)
             for (int64_t at = 0; at < count; ++at)
                 for (int64_t window = 0; window < a.windows; ++window) {
-                    fill_mean<Element>(a, place(at).table.keys, window, sizes[window]);
-                    fill_mean<Element>(a, place(at).table.values, window, sizes[window]);
+                    const Place here = place(at);
+                    const int64_t to = (a.tokens + window) * a.head_dim;
+                    average<Element>(
+                        a, a.k, here.batch, here.head, window, sizes[window], here.packed.keys + to);
+                    average<Element>(
+                        a, a.v, here.batch, here.head, window, sizes[window], here.packed.values + to);
                 }
 #pragma omp for schedule(dynamic, 1) collapse(2)
             for (int64_t at = 0; at < count; ++at)
                 for (int64_t task = 0; task < tasks; ++task) {
                     const Place here = place(at);
-                    if (task < prefix_tasks) {
-                        const int64_t token = task * TILE_QUERIES;
-                        const Keys keys = lists.collect(0, a, every, a.tokens, false, sizes);
-                        attend_tile<Element>(
-                            here, every + token, smaller(TILE_QUERIES, a.prefix - token), keys, tile_scratch);
+                    if (task < a.prefix) {
+                        const Keys keys = whole_list.collect(0, a, every, a.tokens, false, sizes);
+                        attend_queries<Element>(here, every + task, 1, &keys, query_scratch);
                         continue;
                     }
                     const int32_t* indices = a.indices + (first + at) * a.tiles * a.keys;
-                    const int64_t work = task - prefix_tasks;
+                    const int64_t work = task - a.prefix;
                     if (single) {
                         const int64_t row = work * QUERY_BLOCK, queries = smaller(QUERY_BLOCK, a.tiles - row);
                         Keys keys[QUERY_BLOCK];

@@ -9,20 +9,31 @@ constexpr float LOG2_E = 1.44269504f;
 // Keys that products may read behind the last one.
 constexpr int SPARE_KEYS = 32;
 
-// Keys and values of one head in fp32: tokens first, then summaries.
-struct Table {
+// Keys and values of one head as fp32 rows without gaps: tokens first, then summaries.
+struct Packed {
     float* keys;
     float* values;
+
+    const float* key(int32_t row, int64_t size) const { return keys + row * size; }
+    const float* value(int32_t row, int64_t size) const { return values + row * size; }
 };
 
 // The head that is worked on.
 struct Place {
     const SparsifinerAttention& a;
-    Table table;
+    Packed packed;
     int64_t batch, head;
+    // the inputs themselves where they are fp32, else the packed rows
+    const float *keys, *values;
+    int64_t key_stride, value_stride;
 
-    const float* key(int32_t row) const { return table.keys + row * a.head_dim; }
-    const float* value(int32_t row) const { return table.values + row * a.head_dim; }
+    // Few queries read a packed row often, a tile reads any row once.
+    const float* key(int32_t row) const {
+        return row < a.tokens ? keys + row * key_stride : packed.key(row, a.head_dim);
+    }
+    const float* value(int32_t row) const {
+        return row < a.tokens ? values + row * value_stride : packed.value(row, a.head_dim);
+    }
 };
 
 // The keys of one list, as rows of a table.

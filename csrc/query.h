@@ -1,27 +1,9 @@
 // Attention of single queries, each over its own list.
 #pragma once
 
-#include <utility>
-
 #include "attention.h"
 
 namespace sparsifiner::SPARSIFINER_ISA {
-
-// Even, then odd lanes of two vectors, added: each half holds neighbours' sums of one of them.
-template <int... Lane>
-inline Floats add_neighbours(Floats x, Floats y, std::integer_sequence<int, Lane...>) {
-    return __builtin_shufflevector(x, y, 2 * Lane...) + __builtin_shufflevector(x, y, 2 * Lane + 1 ...);
-}
-
-// Lane i is the sum of rows[i].
-inline Floats sum_each(Floats (&rows)[LANES]) {
-#pragma GCC unroll 4
-    for (int count = LANES; count > 1; count /= 2)
-#pragma GCC unroll 8
-        for (int i = 0; i < count / 2; ++i)
-            rows[i] = add_neighbours(rows[2 * i], rows[2 * i + 1], std::make_integer_sequence<int, LANES>());
-    return rows[0];
-}
 
 // Queries that are worked on together: their lists have keys in common, which the nearest cache then holds.
 constexpr int QUERY_BLOCK = 8;
@@ -42,7 +24,7 @@ inline float weigh(const Place& at, const float* query, const Keys& keys, float*
     for (int64_t j = 0; j < keys.count; j += LANES) {
         const float* key[LANES];
 #pragma GCC unroll 16
-        for (int lane = 0; lane < LANES; ++lane) key[lane] = at.key(keys.row[j + lane]);
+        for (int lane = 0; lane < LANES; ++lane) key[lane] = at.packed.key(keys.row[j + lane], size);
         Floats rows[LANES] = {};
         for (int64_t i = 0; i < size; i += LANES) {
             const Floats part = load(query + i);
@@ -76,7 +58,8 @@ inline void sum_of_values(
     int64_t j = 0;
     for (; j + 2 <= keys.count; j += 2) {
         const Floats first = all(weights[j]), second = all(weights[j + 1]);
-        const float *here = at.value(keys.row[j]) + offset, *next = at.value(keys.row[j + 1]) + offset;
+        const float* here = at.packed.value(keys.row[j], at.a.head_dim) + offset;
+        const float* next = at.packed.value(keys.row[j + 1], at.a.head_dim) + offset;
 #pragma GCC unroll 4
         for (int c = 0; c < Vectors; ++c) {
             even[c] += first * load(here + c * LANES);
@@ -85,7 +68,7 @@ inline void sum_of_values(
     }
     if (j < keys.count) {
         const Floats last = all(weights[j]);
-        const float* here = at.value(keys.row[j]) + offset;
+        const float* here = at.packed.value(keys.row[j], at.a.head_dim) + offset;
 #pragma GCC unroll 4
         for (int c = 0; c < Vectors; ++c) even[c] += last * load(here + c * LANES);
     }

@@ -122,13 +122,20 @@ template <class Element>
 void attend_tile(
     const Place& at, const int32_t* tokens, int64_t queries, const Keys& keys, const TileScratch& scratch) {
     const int64_t size = at.a.head_dim, stride = round_up(queries, LANES);
-    for (int64_t u = 0; u < stride; ++u) {
+    for (int64_t u = 0; u < stride; u += LANES) {
+        const Element* query[LANES];
         // queries that are not there repeat the last one
-        const int64_t token = tokens[smaller(u, queries - 1)];
-        const Element* query = row_of<const Element>(at.a.q, at.batch, at.head, token);
+        for (int lane = 0; lane < LANES; ++lane)
+            query[lane] = row_of<const Element>(
+                at.a.q, at.batch, at.head, tokens[smaller(u + lane, queries - 1)]);
         for (int64_t i = 0; i < size; i += LANES) {
-            const Floats part = load(query + i);
-            for (int lane = 0; lane < LANES; ++lane) scratch.queries[(i + lane) * stride + u] = part[lane];
+            Floats rows[LANES];
+#pragma GCC unroll 16
+            for (int lane = 0; lane < LANES; ++lane) rows[lane] = load(query[lane] + i);
+            transpose(rows);
+#pragma GCC unroll 16
+            for (int lane = 0; lane < LANES; ++lane)
+                store(scratch.queries + (i + lane) * stride + u, rows[lane]);
         }
     }
     multiply(scratch.queries, stride, at, keys, scratch.weights);

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace sparsifiner::SPARSIFINER_ISA {
 
@@ -70,6 +71,44 @@ inline float max_of(Floats x) {
     float largest = x[0];
     for (int lane = 1; lane < LANES; ++lane) largest = largest < x[lane] ? x[lane] : largest;
     return largest;
+}
+
+using Lanes = std::make_integer_sequence<int, LANES>;
+
+template <int... Lane>
+inline Floats add_neighbours(Floats x, Floats y, std::integer_sequence<int, Lane...>) {
+    return __builtin_shufflevector(x, y, 2 * Lane...) + __builtin_shufflevector(x, y, 2 * Lane + 1 ...);
+}
+
+// Lane i is the sum of rows[i], which are overwritten.
+inline Floats sum_each(Floats (&rows)[LANES]) {
+    // each half of a sum of neighbours holds those of one of the two
+#pragma GCC unroll 4
+    for (int count = LANES; count > 1; count /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < count / 2; ++i) rows[i] = add_neighbours(rows[2 * i], rows[2 * i + 1], Lanes());
+    return rows[0];
+}
+
+// Lanes of two vectors in turns, from lane FIRST on.
+template <int FIRST, int... Lane>
+inline Floats interleave(Floats x, Floats y, std::integer_sequence<int, Lane...>) {
+    return __builtin_shufflevector(x, y, (FIRST + Lane / 2 + (Lane % 2) * LANES)...);
+}
+
+// Rows become columns: as often as LANES can be halved, rows are interleaved with those half the way down.
+inline void transpose(Floats (&rows)[LANES]) {
+#pragma GCC unroll 4
+    for (int count = LANES; count > 1; count /= 2) {
+        Floats mixed[LANES];
+#pragma GCC unroll 8
+        for (int i = 0; i < LANES / 2; ++i) {
+            mixed[2 * i] = interleave<0>(rows[i], rows[i + LANES / 2], Lanes());
+            mixed[2 * i + 1] = interleave<LANES / 2>(rows[i], rows[i + LANES / 2], Lanes());
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < LANES; ++i) rows[i] = mixed[i];
+    }
 }
 
 // 2 ** x for x <= 0, to 2e-7; below -126 it is 2 ** -126.
