@@ -6,7 +6,7 @@
 namespace sparsifiner::SPARSIFINER_ISA {
 
 // Queries that are worked on together: their lists have keys in common, which the nearest cache then holds.
-constexpr int QUERY_BLOCK = 8;
+constexpr int QUERY_BLOCK = 16;
 
 struct QueryScratch {
     QueryScratch(int64_t head_dim, int64_t longest)
