@@ -1,4 +1,4 @@
-"""Writes docs/results.md from the measurements in docs/results/*.json: no figure is typed by hand.
+"""Writes docs/results.md and docs/performance.md from docs/results/*.json: no figure is typed by hand.
 
 python benchmarks/report.py
 """
@@ -13,6 +13,14 @@ HEADER = """# Results
 
 Every figure here was written by `python benchmarks/report.py` from the measurements in
 `docs/results/`; each section names the command that made them.
+"""
+
+PERFORMANCE_HEADER = """# Performance
+
+Milliseconds of sparse attention, scoring and selection and summaries included, against the fastest dense path of
+the same run: flash, cuDNN, memory-efficient or a compiled model on a GPU, SDPA, matmul + softmax or a compiled
+model on a CPU. Ratios below 1 are where sparse attention loses. Medians with the 10th and 90th percentile; keys
+are selected from random inputs. The tables were written by `python benchmarks/report.py` from `docs/results/`.
 """
 
 
@@ -173,9 +181,74 @@ row by more than {100 * worst:.0f} %: linear in N·k. At these sizes it takes mo
 """
 
 
+def figures(value: float) -> str:
+    """Three figures."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def speed(table_name: str, title: str, text: str) -> str:
+    """One table of `benchmarks/speed.py`: every sparse row beside the fastest dense one of its run."""
+    if not (RESULTS / f"{table_name}.json").exists():
+        return ""
+    rows = load(
+        table_name, *("row", "threads", "tokens", "batch", "dtype", "keep", "summary", "measure", "part")
+    )
+    body = []
+    for row in rows:
+        if row["part"] not in {"everything", "sparse", "sparse compiled"} or row["ratio"] is None:
+            continue
+        size = f"{row['img_size']} px" if row["benchmark"] == "model" else f"N = {row['tokens']:,}"
+        compiled = ", compiled" if row["part"] == "sparse compiled" else ""
+        body.append([
+            f"{row['row']}: {row['measure']}{compiled}",
+            size,
+            str(row["batch"]),
+            row["dtype"],
+            f"{row['keep']:g}",
+            "" if row["threads"] is None else str(row["threads"]),
+            f"{figures(row['ratio'] * row['median_ms'])} ({row['baseline'].removeprefix('dense: ')})",
+            f"{figures(row['median_ms'])} ({figures(row['low_ms'])} to {figures(row['high_ms'])})",
+            f"**{row['ratio']:.2f}x**" if row["ratio"] >= 1 else f"{row['ratio']:.2f}x",
+            "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2**20:.1f} MiB",
+            f"`{row['command']}`",
+        ])  # fmt: skip
+    header = ["what", "size", "batch", "dtype", "keep", "threads", "fastest dense, ms", "sparse, ms", "ratio"]
+    header += ["memory", "command"]
+    filled = [index for index in range(len(header)) if any(line[index] for line in body)]
+    body = [[line[index] for index in filled] for line in body]
+    return f"""## {title}
+
+{text}
+
+`python benchmarks/speed.py {table_name}` ({source_of(rows)})
+
+{table([header[index] for index in filled], body)}
+"""
+
+
+def performance() -> str:
+    sections = [
+        PERFORMANCE_HEADER,
+        speed(
+            "cpu",
+            "On a CPU",
+            'Native kernels (`backend="cpu"`), on cores that other machines share: times differ from run to run\n'
+            "by more than their spread within one, ratios less.",
+        ),
+        speed(
+            "gpu",
+            "On a GPU",
+            'Triton kernels (`backend="triton"`), replayed as CUDA graphs, caches overwritten before each\n'
+            "measurement. Memory is what an operation needs beyond its inputs, its result and its lists.",
+        ),
+    ]
+    return "\n".join(sections)
+
+
 def main() -> None:
     sections = [HEADER, training_free(), training(), memory(), training_memory()]
     (RESULTS.parent / "results.md").write_text("\n".join(sections))
+    (RESULTS.parent / "performance.md").write_text(performance())
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ template <class Element>
 void attend_as(int threads, const SparsifinerAttention& a) {
     const int64_t pairs = a.batch * a.heads, rows = a.tokens + a.windows;
     const int64_t group = smaller(pairs, 1 + GROUP_BYTES / (8 * rows * a.head_dim));
-    const Buffer<float> keys(group * rows * a.head_dim), values(group * rows * a.head_dim);
+    const Buffer<float> packed_keys(group * rows * a.head_dim), packed_values(group * rows * a.head_dim);
     const Buffer<int32_t> every(a.tokens), sizes(a.windows);
     for (int64_t token = 0; token < a.tokens; ++token) every[token] = static_cast<int32_t>(token);
     for (int64_t w = 0; w < a.windows; ++w)
@@ -47,13 +47,15 @@ void attend_as(int threads, const SparsifinerAttention& a) {
     const int64_t parts = round_up(a.tile_size, TILE_QUERIES) / TILE_QUERIES;
     const int64_t tasks =
         a.prefix + (single ? round_up(a.tiles, QUERY_BLOCK) / QUERY_BLOCK : a.tiles * parts);
-    const int64_t longest = smaller(rows, a.keys + a.windows);
+    const int64_t longest = a.keys + a.windows;
+    const int64_t most_weights = larger(a.prefix ? a.tokens : 0, single ? longest : 0);
 
     for (int64_t first = 0; first < pairs; first += group) {
         const int64_t count = smaller(group, pairs - first);
         const auto place = [&](int64_t at) {
             const int64_t batch = (first + at) / a.heads, head = (first + at) % a.heads;
-            const Packed packed{keys + at * rows * a.head_dim, values + at * rows * a.head_dim};
+            const int64_t to = at * rows * a.head_dim;
+            const Packed packed{packed_keys + to, packed_values + to};
             if (sizeof(Element) != sizeof(float))
                 return Place{a, packed, batch, head, packed.keys, packed.values, a.head_dim, a.head_dim};
             return Place{
@@ -65,7 +67,7 @@ void attend_as(int threads, const SparsifinerAttention& a) {
             const KeyScratch lists(single ? QUERY_BLOCK : 1, longest, a.windows);
             const KeyScratch whole_list(1, a.prefix ? a.tokens : 0, 0);
             const TileScratch tile_scratch(a.head_dim, single ? 0 : longest);
-            const QueryScratch query_scratch(a.head_dim, a.prefix ? a.tokens : single ? longest : 0);
+            const QueryScratch query_scratch(a.head_dim, most_weights);
 #pragma omp for schedule(static) collapse(2)
             for (int64_t at = 0; at < count; ++at)
                 for (int64_t token = 0; token < (packs ? a.tokens : 0); ++token)

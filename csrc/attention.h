@@ -27,7 +27,7 @@ struct Place {
     const float *keys, *values;
     int64_t key_stride, value_stride;
 
-    // Few queries read a packed row often, a tile reads any row once.
+    // Tokens of fp32 inputs are read in place, all others and summaries from the packed rows.
     const float* key(int32_t row) const {
         return row < a.tokens ? keys + row * key_stride : packed.key(row, a.head_dim);
     }
@@ -58,14 +58,16 @@ class KeyScratch {
         int64_t place, const SparsifinerAttention& a, const int32_t* list, int64_t length, bool summaries,
         const int32_t* sizes) const {
         Keys keys{rows_ + place * stride_, bias_ + place * stride_, filled(list, length)};
-        std::memcpy(keys.row, list, keys.count * sizeof *list);
+        // lists are not checked: what lies beyond the tokens must not be read
+        const int32_t last = static_cast<int32_t>(a.tokens - 1);
+        for (int64_t j = 0; j < keys.count; ++j) keys.row[j] = list[j] < last ? list[j] : last;
         std::memset(keys.bias, 0, (keys.count + LANES) * sizeof *keys.bias);
         if (summaries && a.windows) {
             std::memcpy(missing_, sizes, a.windows * sizeof *sizes);
             for (int64_t j = 0; j < keys.count; ++j)
-                if (a.window_of[list[j]] >= 0) --missing_[a.window_of[list[j]]];
+                if (a.window_of[keys.row[j]] >= 0) --missing_[a.window_of[keys.row[j]]];
             for (int64_t w = 0; w < a.windows; ++w) {
-                if (!missing_[w]) continue;
+                if (missing_[w] <= 0) continue;
                 keys.bias[keys.count] = __builtin_log2f(static_cast<float>(missing_[w]));
                 keys.row[keys.count++] = static_cast<int32_t>(a.tokens + w);
             }

@@ -15,20 +15,17 @@ static_assert(sizeof(SparsifinerAttention) == 248);
     switch (isa) {                                                           \
         case SPARSIFINER_AVX2: return sparsifiner::avx2::call;               \
         case SPARSIFINER_AVX512: return sparsifiner::avx512::call;           \
-        case SPARSIFINER_AVX512_BF16: return sparsifiner::avx512_bf16::call; \
         default: std::abort();                                               \
     }
 
 extern "C" {
 
 int32_t sparsifiner_best_isa() {
-    const bool avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (!avx2) return SPARSIFINER_NONE;
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (!avx512) return SPARSIFINER_AVX2;
-    return __builtin_cpu_supports("avx512bf16") ? SPARSIFINER_AVX512_BF16 : SPARSIFINER_AVX512;
+    return avx512 ? SPARSIFINER_AVX512 : SPARSIFINER_AVX2;
 }
 
 void sparsifiner_select_topk(int32_t isa, int32_t threads, const SparsifinerLists* lists, const float* scores) {

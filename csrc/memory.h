@@ -12,6 +12,7 @@
 namespace sparsifiner::SPARSIFINER_ISA {
 
 inline int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
+inline int64_t larger(int64_t x, int64_t y) { return x < y ? y : x; }
 inline int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
 // Uninitialised elements, aligned to cache lines.

@@ -289,7 +289,7 @@ void RowSelector::write(int64_t row, int64_t selected) const {
         from = lists_.own + row % lists_.rows * lists_.own_size;
         selected = lists_.own_size < budget_ ? lists_.own_size : budget_;
     }
-    std::memcpy(list, from, static_cast<std::size_t>(selected) * sizeof *list);
+    if (selected) std::memcpy(list, from, static_cast<std::size_t>(selected) * sizeof *list);
     for (int64_t slot = selected; slot < budget_; ++slot) list[slot] = -1;
 }
 

@@ -14,7 +14,7 @@
 extern "C" {
 
 // Instruction sets; each includes those before it.
-enum SparsifinerIsa : int32_t { SPARSIFINER_NONE, SPARSIFINER_AVX2, SPARSIFINER_AVX512, SPARSIFINER_AVX512_BF16 };
+enum SparsifinerIsa : int32_t { SPARSIFINER_NONE, SPARSIFINER_AVX2, SPARSIFINER_AVX512 };
 
 // Element types of q, k, v and out.
 enum SparsifinerDtype : int32_t { SPARSIFINER_FP32, SPARSIFINER_BF16 };

@@ -128,19 +128,6 @@ inline Floats exp2(Floats x) {
     return p * (Floats)exponent;
 }
 
-// Packs the lanes whose bit is set to the front and stores all; returns how many they are.
-inline int compress(int32_t* to, Ints x, uint32_t bits) {
-#if defined(__AVX512F__)
-    // not the storing form, which is slow on some machines
-    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), (__m512i)x));
-    return __builtin_popcount(bits);
-#else
-    int count = 0;
-    for (; bits; bits &= bits - 1) to[count++] = x[__builtin_ctz(bits)];
-    return count;
-#endif
-}
-
 // Lanes with x >= y as bits; shorter than `bits_of` a comparison, which goes through a vector.
 inline uint32_t at_least(Floats x, Floats y) {
 #if defined(__AVX512F__)
@@ -171,10 +158,12 @@ struct LanesOfBits {
 inline constexpr LanesOfBits LANES_OF_BITS;
 #endif
 
-// As `compress`, always storing LANES elements: for AVX2 a permutation instead of a loop over bits.
+// Packs the lanes whose bit is set to the front and stores all LANES; returns how many they are.
 inline int pack(int32_t* to, Ints x, uint32_t bits) {
 #if defined(__AVX512F__)
-    return compress(to, x, bits);
+    // not the storing form, which is slow on some machines
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), (__m512i)x));
+    return __builtin_popcount(bits);
 #else
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&LANES_OF_BITS.lanes[bits]));
     store(to, (Ints)_mm256_permutevar8x32_epi32((__m256i)x, _mm256_cvtepu8_epi32(bytes)));

@@ -31,11 +31,12 @@ create_environment() {
 
 install_package() {
     if [ "$(uname -sm)" = "Linux x86_64" ]; then
-        if command -v "${CXX:-c++}" >/dev/null; then
+        if echo 'typedef float V __attribute__((vector_size(8))); V f(V x) { return __builtin_shufflevector(x, x, 0, 2); }' |
+            ${CXX:-c++} -x c++ -fopenmp -fsyntax-only - 2>/dev/null; then
             # a mistake in a kernel must not pass for a missing compiler
             export SPARSIFINER_REQUIRE_NATIVE=${SPARSIFINER_REQUIRE_NATIVE:-1}
         else
-            echo "setup: no C++ compiler was found: installing without the native CPU kernels"
+            echo "setup: no g++ 12 or newer with OpenMP was found: installing without the native CPU kernels"
         fi
     fi
     local uv

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import sparsifiner
 from sparsifiner.connectivity import Connectivity
@@ -20,6 +21,8 @@ SHAPES = [(8, 8), (8, 2), (4, None), (2, 4), (1, None), (1, 4), (14, 3)]
 @pytest.fixture(params=INSTRUCTION_SETS, autouse=True)
 def _isa(request, monkeypatch):
     monkeypatch.setenv(native.ISA_VARIABLE, request.param)
+    yield
+    torch.set_num_threads(1)
 
 
 def check_against_reference(layout, keep, tile, summary, dtype=torch.float32, head_dim=16, heads=2, batch=1):
@@ -79,7 +82,6 @@ def test_threads_change_nothing(tile):
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         results.append(sparse_attention(*inputs, connectivity, 2, backend="cpu"))
-    torch.set_num_threads(1)
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -163,6 +165,26 @@ def test_gradients_take_torch():
         out = sparse_attention(*inputs, connectivity, 2, backend=name)
         results.append([out.detach(), *torch.autograd.grad(out.square().sum(), inputs)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_forward_mode_gradients_are_not_lost_in_silence():
+    layout = TokenLayout((4, 6), 1)
+    connectivity = make_connectivity(layout, 0.3, 2, 2)
+    q, k, v = make_qkv(layout)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        # as for the torch backend, whose place this is: torch's fused attention has none on a CPU
+        with pytest.raises(NotImplementedError, match="forward AD"):
+            sparse_attention(dual, k, v, connectivity, 2, backend="cpu")
+
+
+def test_lists_that_repeat_keys_or_name_none_are_survived():
+    # undefined by contract, but never read or written out of bounds
+    q, k, v = make_qkv(TokenLayout((4, 4), 1))
+    for tile, rows in ((1, 16), (2, 4)):
+        lists = torch.tensor([[1, 1, 1, 1, 99, 10**6]], dtype=torch.int32).expand(1, 2, rows, 6)
+        connectivity = Connectivity(lists, (4, 4), tile, 1)
+        assert torch.isfinite(sparse_attention(q, k, v, connectivity, 2, backend="cpu")).all()
 
 
 def test_operator():

@@ -18,6 +18,8 @@ INSTRUCTION_SETS = [isa.name.lower() for isa in native.Isa if isa and isa <= nat
 @pytest.fixture(params=INSTRUCTION_SETS, autouse=True)
 def _isa(request, monkeypatch):
     monkeypatch.setenv(native.ISA_VARIABLE, request.param)
+    yield
+    torch.set_num_threads(1)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -51,7 +53,6 @@ def test_threads_change_nothing():
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         assert torch.equal(select_topk(scores, 30, backend="cpu"), expected)
-    torch.set_num_threads(1)
 
 
 def test_rows_without_a_score_take_their_own_tokens():
@@ -64,6 +65,17 @@ def test_rows_without_a_score_take_their_own_tokens():
 
 def test_empty_batch():
     assert select_topk(torch.randn(0, 2, 3, 9), 4, backend="cpu").shape == (0, 2, 3, 4)
+    layout = layout_of(16, 1)
+    q, k, _ = (x[:0] for x in make_qkv(layout))
+    spec = ListSpec(layout, 1, 9, 0, 1.0, "cpu")
+    assert lowrank_scorer(layout, 16, 8, 3)(q, k, spec).indices.shape == (0, 2, 16, 9)
+
+
+def test_impossible_bases_are_named():
+    coefficients, basis, own = torch.rand(1, 1, 2, 4), torch.rand(4, 9), torch.zeros(2, 1)
+    for kept in (0, 5):
+        with pytest.raises(ValueError, match=f"select_lowrank: {kept} of 4 coefficients do not go"):
+            torch.ops.sparsifiner.select_lowrank_cpu(coefficients, basis, kept, 3, 0, own)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

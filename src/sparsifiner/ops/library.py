@@ -49,7 +49,7 @@ def why_no_kernel(backend: str, q: Tensor) -> str:
 def _why_no_cpu_kernel(q: Tensor) -> str:
     if q.dtype not in {torch.float32, torch.bfloat16}:
         return f"takes fp32 and bf16, got {str(q.dtype).removeprefix('torch.')}"
-    if q.shape[-1] % CPU_HEAD_DIM_STEP:
+    if q.shape[-1] % CPU_HEAD_DIM_STEP or not q.shape[-1]:
         return f"takes head dims that are multiples of {CPU_HEAD_DIM_STEP}, got {q.shape[-1]}"
     return ""
 

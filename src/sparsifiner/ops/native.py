@@ -26,7 +26,6 @@ class Isa(enum.IntEnum):
     NONE = 0
     AVX2 = 1
     AVX512 = 2
-    AVX512_BF16 = 3
 
 
 class Dtype(enum.IntEnum):
@@ -94,11 +93,16 @@ def library() -> ctypes.CDLL | None:
     return _load()[0]
 
 
-def loaded() -> ctypes.CDLL:
-    """The library, which must be there."""
+def ready() -> tuple[ctypes.CDLL, Isa]:
+    """The library and the instruction set to use.
+
+    Raises:
+        RuntimeError: native kernels do not run here; exported programs may be asked to all the same.
+    """
     native = library()
-    assert native is not None, why_missing()
-    return native
+    if native is None or why_not():
+        raise RuntimeError(why_not())
+    return native, best_isa()
 
 
 def why_missing() -> str:
@@ -115,7 +119,7 @@ def why_not() -> str:
     if library() is None:
         return why_missing()
     if _machine_isa() == Isa.NONE:
-        return "native CPU kernels need a processor with AVX2, FMA and F16C"
+        return "native CPU kernels need a processor with AVX2 and FMA"
     if best_isa() == Isa.NONE:
         return f"native CPU kernels are switched off by {ISA_VARIABLE}=none; unset it"
     return ""
@@ -178,8 +182,8 @@ def _why_not_installed() -> str:
     if machine.lower() not in {"x86_64", "amd64"} or system not in {"linux", "darwin"}:
         return f"native CPU kernels are for x86-64 on Linux, this is {machine} on {system}"
     return (
-        "native CPU kernels are missing: no C++ compiler with OpenMP was found when this was installed; "
-        f"install g++ and run {_REINSTALL}"
+        "native CPU kernels are missing: they could not be built when this was installed, which needs g++ 12 "
+        f"or newer with OpenMP; install it and run {_REINSTALL} in the source folder"
     )
 
 

@@ -136,7 +136,7 @@ class LowRankScorer(Scorer):
         """See `Scorer.fused_lists`."""
         if self.legacy or q.dtype == torch.float64:
             return None
-        if backend == "cpu":
+        if backend == "cpu":  # has no limits of size
             return self._cpu_lists(q, k, spec)
         layout = spec.layout
         if library.why_no_kernel(backend, q) or layout.tokens > library.LOWRANK_TOKENS:
@@ -174,8 +174,9 @@ class LowRankScorer(Scorer):
         key_down = key_down * self.temperature
         folded = (key_down @ query_weight).flatten(0, 1)  # [B * H, K, d]
         offset = (key_down @ query_bias).flatten(0, 1).unsqueeze(1)
-        query = layout.square_means(q[:, :, layout.prefix :], tile).reshape(B * H, -1, d)
-        return torch.baddbmm(offset, query, folded.mT).softmax(-1).view(B, H, -1, folded.shape[1])
+        rows = layout.squares(tile)
+        query = layout.square_means(q[:, :, layout.prefix :], tile).reshape(B * H, rows, d)
+        return torch.baddbmm(offset, query, folded.mT).softmax(-1).view(B, H, rows, folded.shape[1])
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """See `Scorer.macs`: projections, k_down, coefficients and the sparse product, in this order."""

@@ -22,7 +22,8 @@ def select_topk(scores: Tensor, budget: int, forced: int, own: Tensor) -> Tensor
     """
     scores = scores.float().contiguous()
     indices, lists, own = _lists(scores.shape, scores.shape[-1], budget, forced, own)
-    native.loaded().sparsifiner_select_topk(*_how(), ctypes.byref(lists), scores.data_ptr())
+    library, isa = native.ready()
+    library.sparsifiner_select_topk(isa, torch.get_num_threads(), ctypes.byref(lists), scores.data_ptr())
     return indices
 
 
@@ -42,18 +43,19 @@ def select_lowrank(
     Returns:
         int32 [B, H, rows, k], ascending, -1 last.
     """
-    coefficients, basis = coefficients.contiguous(), basis.contiguous()
+    if not 1 <= kept <= basis.shape[0] == coefficients.shape[-1]:
+        raise ValueError(
+            f"select_lowrank: {kept} of {coefficients.shape[-1]} coefficients do not go with a basis of "
+            f"{basis.shape[0]} rows; give 1 up to as many as there are"
+        )
+    coefficients, basis = coefficients.float().contiguous(), basis.float().contiguous()
     indices, lists, own = _lists(coefficients.shape, basis.shape[1], budget, forced, own)
-    native.loaded().sparsifiner_select_lowrank(
-        *(*_how(), ctypes.byref(lists)),
+    library, isa = native.ready()
+    library.sparsifiner_select_lowrank(
+        *(isa, torch.get_num_threads(), ctypes.byref(lists)),
         *(coefficients.data_ptr(), basis.data_ptr(), basis.shape[0], kept),
     )
     return indices
-
-
-def _how() -> tuple[int, int]:
-    """Instruction set and threads."""
-    return native.best_isa(), torch.get_num_threads()
 
 
 def _lists(
@@ -61,7 +63,7 @@ def _lists(
 ) -> tuple[Tensor, native.Lists, Tensor]:
     """Empty lists for rows [B, H, rows], as torch and as C know them, and `own` as C reads it."""
     B, H, rows = shape[:3]
-    indices = torch.empty(B, H, rows, budget, dtype=torch.int32)
+    indices = torch.empty(B, H, rows, budget, dtype=torch.int32, device="cpu")
     own = own.int().contiguous()
     sizes = (B * H * rows, rows, tokens, budget, forced, own.shape[1])
     return indices, native.Lists(*sizes, own.data_ptr(), indices.data_ptr()), own

@@ -5,6 +5,7 @@ import logging
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.ops import library
@@ -40,8 +41,9 @@ def sparse_attention(
         summary: side of the windows in patches, None for no summaries.
         scale: factor of the logits, `d ** -0.5` by default.
         backend: "auto", "reference" (dense with a mask), "torch" (gathers), "cpu" (native code for head dims
-            that are multiples of 16; where gradients are wanted, "torch" computes in its place) or, on a GPU,
-            "triton" (fused kernels, for head dims that are multiples of 8 up to 128).
+            that are multiples of 16; where gradients are wanted "torch" computes in its place, so compile
+            and export for inference within `torch.no_grad()`) or, on a GPU, "triton" (fused kernels, for head
+            dims that are multiples of 8 up to 128).
 
     Returns:
         [B, H, N, d] in the dtype of `q`.
@@ -83,7 +85,7 @@ def sparse_attention(
     chosen = resolve_backend(
         backend, "sparse_attention", q.device, _why_not(q, connectivity, summary, backend)
     )
-    if chosen == "cpu" and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if chosen == "cpu" and _wants_gradients(q, k, v):
         if not torch.compiler.is_compiling():  # compiled code cannot log
             _say_torch_has_the_gradients()
         chosen = "torch"
@@ -100,6 +102,16 @@ def sparse_attention(
             q, scale = -q, -scale
         out: Tensor = library.attend(q, k, v, connectivity.indices, *geometry, scale)[0]
         return out
+
+
+def _wants_gradients(*inputs: Tensor) -> bool:
+    """Whether autograd, backward or forward, follows these tensors."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    duals = (forward_ad.unpack_dual(x) for x in inputs)  # type: ignore[no-untyped-call]
+    return any(dual.tangent is not None for dual in duals)
 
 
 def _why_not(q: Tensor, connectivity: Connectivity, summary: int | None, backend: str) -> dict[str, str]:

@@ -42,8 +42,10 @@ def attend(
     """
     B, H, N, d = q.shape
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    indices = indices.contiguous()
-    out = torch.empty(B, N, H, d, dtype=q.dtype).transpose(1, 2)
+    indices = indices.int().contiguous()
+    out = torch.empty(B, N, H, d, dtype=q.dtype, device="cpu").transpose(1, 2)
+    if not out.numel():
+        return out
     tile_tokens, window_tokens, window_of = _tables(layout, tile, summary)
     attention = native.Attention(
         *(_tensor(x) for x in (q, k, v, out)),
@@ -51,7 +53,8 @@ def attend(
         *(*tile_tokens.shape, tile_tokens.data_ptr(), indices.shape[-1], indices.data_ptr()),
         *(*window_tokens.shape, window_tokens.data_ptr(), window_of.data_ptr()),
     )
-    native.loaded().sparsifiner_attend(native.best_isa(), torch.get_num_threads(), ctypes.byref(attention))
+    library, isa = native.ready()
+    library.sparsifiner_attend(isa, torch.get_num_threads(), ctypes.byref(attention))
     return out
 
 
@@ -65,8 +68,8 @@ def _tables(layout: TokenLayout, tile: int, summary: int) -> tuple[Tensor, Tenso
     cpu = torch.device("cpu")
     tile_tokens = layout.square_tokens(tile, cpu).int().contiguous()
     if not summary:
-        none = torch.empty(0, 0, dtype=torch.int32)
+        none = torch.empty(0, 0, dtype=torch.int32, device=cpu)
         return tile_tokens, none, none
-    token = torch.arange(layout.tokens)
+    token = torch.arange(layout.tokens, device=cpu)
     window_of = torch.where(token < layout.prefix, -1, layout.square_of_token(token, summary))
     return tile_tokens, layout.square_tokens(summary, cpu).int().contiguous(), window_of.int()

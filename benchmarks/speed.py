@@ -1,0 +1,110 @@
+"""The tables of docs/performance.md: sparse against the fastest dense path, everything included.
+
+    python benchmarks/speed.py cpu
+    python benchmarks/speed.py cpu --rows "op, tiles" --threads 1
+    python benchmarks/speed.py gpu
+
+Every row runs what `sparsifiner bench` runs and keeps that command; medians over rounds in which candidates
+take turns. Models have random weights, which does not change their time. `benchmarks/report.py` writes pages.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import RESULTS, append_rows
+
+from sparsifiner.cli.bench import format_table
+from sparsifiner.config import SparsifyConfig, make_config
+from sparsifiner.measure.bench_model import ModelBenchmark, benchmark_model
+from sparsifiner.measure.bench_ops import OpsBenchmark, benchmark_operations
+
+Work = OpsBenchmark | tuple[ModelBenchmark, SparsifyConfig]
+
+PER_QUERY = OpsBenchmark(
+    grid=[14, 24, 32],
+    batch_size=1,
+    prefix=1,
+    tile=1,
+    summary="none",
+    scorer="lowrank",
+    backend="cpu",
+    dtype="fp32",
+    device="cpu",
+    runs=15,
+)
+TILES = replace(PER_QUERY, tile=8, summary=8, scorer="pooled")
+MODEL = ModelBenchmark(
+    img_size=[224, 512], batch_size=1, dtype="fp32", device="cpu", runs=11, warmup=2, latency=False
+)
+# compiling takes minutes, so compiled models are timed up to 512 px
+LARGE = replace(MODEL, img_size=1024, runs=7, warmup=1, compile=False)
+TILED = make_config("fast", keep=0.1, tile=8, summary=8, backend="cpu")
+PAPER = make_config("paper", keep=0.1, backend="cpu")
+
+GPU_TILES = OpsBenchmark(
+    grid=[32, 64, 128], batch_size=[32, 8, 2], keep=[0.1, 0.1, 0.05], backend="triton", device="cuda"
+)
+GPU_ONE = replace(GPU_TILES, grid=64, batch_size=8, keep=0.1)
+GPU_MODEL = ModelBenchmark(img_size=[1024, 2048], batch_size=[8, 2], device="cuda", latency=False)
+GPU_TILED = replace(TILED, backend="triton")
+
+TABLES: dict[str, dict[str, Work]] = {
+    "cpu": {
+        "op, per query": PER_QUERY,
+        "op, per query, bf16": replace(PER_QUERY, dtype="bf16"),
+        "op, tiles": TILES,
+        "op, tiles, bf16": replace(TILES, dtype="bf16"),
+        "op, tiles, torch operations": replace(TILES, backend="torch"),
+        "DeiT-S, tiles": (MODEL, TILED),
+        "DeiT-S, tiles, 1024 px": (LARGE, TILED),
+        "DeiT-S, per query": (MODEL, PAPER),
+        "DeiT-S, per query, 1024 px": (LARGE, PAPER),
+    },
+    "gpu": {
+        "op, tiles": GPU_TILES,
+        "op, tiles, low-rank": replace(GPU_ONE, scorer="lowrank"),
+        "op, tiles, backward": replace(GPU_ONE, backward=True),
+        "DeiT-S, tiles": (GPU_MODEL, GPU_TILED),
+        "DeiT-S, tiles, training": (
+            replace(GPU_MODEL, img_size=1024, batch_size=8, train=True),
+            GPU_TILED,
+        ),
+    },
+}
+
+
+def cases(work: Work, threads: int | None) -> Iterator[list[dict[str, Any]]]:
+    if isinstance(work, OpsBenchmark):
+        return benchmark_operations(replace(work, threads=threads))
+    settings, config = work
+    return benchmark_model(replace(settings, threads=threads), config)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--rows", nargs="*", help="only these, by name")
+    parser.add_argument("--threads", nargs="*", type=int, help="of the CPU, 1 and all by default")
+    parser.add_argument("--output", type=Path, help="file of rows, docs/results/TABLE.json by default")
+    options = parser.parse_args()
+    table = TABLES[options.table]
+    unknown = set(options.rows or ()) - set(table)
+    if unknown:
+        parser.error(f"--rows {', '.join(unknown)}: choose from {', '.join(table)}")
+    if options.threads and options.table == "gpu":
+        parser.error("--threads is for the table cpu")
+    counts = (options.threads or sorted({1, torch.get_num_threads()})) if options.table == "cpu" else [None]
+    output = options.output or RESULTS / f"{options.table}.json"
+    for name in options.rows or table:
+        for threads in counts:
+            for rows in cases(table[name], threads):
+                append_rows(output, [{"row": name, "threads": threads, **row} for row in rows])
+                print(name, format_table(rows), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
