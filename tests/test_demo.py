@@ -27,7 +27,6 @@ def test_demo_prints_the_table_and_keeps_older_runs(tmp_path, monkeypatch, capsy
     assert all(row.ms > 0 for row in rows)
 
     out = capsys.readouterr().out.splitlines()
-    assert sum("too small to gain" in line for line in out) == 3
     assert re.search(r"DeiT-S, 64 px.*dense [\d.]+ ms.*fast [\d.]+ ms.*: [\d.]+x$", out[-1])
 
     page = (output / "report.html").read_text()

@@ -175,12 +175,9 @@ def format_table(rows: list[DemoRow]) -> str:
         f"{'':30}{'%':>8}{'%':>8}{'MMACs':>12}{'MMACs':>10}{'':>10}",
     ]
     for row in rows:
-        note = "" if row is rows[0] else "  too small to gain"
-        if row.name.startswith("paper"):
-            note = "  slow here: one gather per query"
         lines.append(
             f"{row.name:30}{row.top1:8.1f}{row.agreement:8.1f}{row.attention_macs / 1e6:12.1f}"
-            f"{row.total_macs / 1e6:10.1f}{row.ms:10.2f}{note}"
+            f"{row.total_macs / 1e6:10.1f}{row.ms:10.2f}"
         )
     return "\n".join(lines)
 
