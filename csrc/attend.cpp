@@ -42,8 +42,9 @@ void attend_as(int threads, const SparsifinerAttention& a) {
         sizes[w] = static_cast<int32_t>(filled(a.window_tokens + w * a.window_size, a.window_size));
 
     const bool single = a.tile_size == 1;
-    // tiles of fp32 inputs and no prefix read the inputs themselves
-    const bool packs = single || a.prefix || sizeof(Element) != sizeof(float);
+    constexpr bool is_fp32 = sizeof(Element) == sizeof(float);
+    // tiles of fp32 inputs read the inputs themselves, single queries and the prefix read packed rows
+    const bool packs = single || a.prefix || !is_fp32;
     const int64_t parts = round_up(a.tile_size, TILE_QUERIES) / TILE_QUERIES;
     const int64_t tasks =
         a.prefix + (single ? round_up(a.tiles, QUERY_BLOCK) / QUERY_BLOCK : a.tiles * parts);
@@ -56,11 +57,11 @@ void attend_as(int threads, const SparsifinerAttention& a) {
             const int64_t batch = (first + at) / a.heads, head = (first + at) % a.heads;
             const int64_t to = at * rows * a.head_dim;
             const Packed packed{packed_keys + to, packed_values + to};
-            if (sizeof(Element) != sizeof(float))
+            if (!is_fp32)
                 return Place{a, packed, batch, head, packed.keys, packed.values, a.head_dim, a.head_dim};
-            return Place{
-                a,         packed,    batch, head, row_of<const float>(a.k, batch, head, 0),
-                row_of<const float>(a.v, batch, head, 0), a.k.token, a.v.token};
+            const float* k = row_of<const float>(a.k, batch, head, 0);
+            const float* v = row_of<const float>(a.v, batch, head, 0);
+            return Place{a, packed, batch, head, k, v, a.k.token, a.v.token};
         };
 #pragma omp parallel num_threads(threads)
         {

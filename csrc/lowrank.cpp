@@ -1,3 +1,4 @@
+// Selection from low-rank scores: sums of a few basis rows, row by row.
 #include "kernels.h"
 #include "memory.h"
 #include "select.h"

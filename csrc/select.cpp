@@ -1,3 +1,4 @@
+// Selection from scores: a search for each row's threshold among the keys that a guess lets pass.
 #include "select.h"
 
 #include <cfloat>

@@ -13,5 +13,4 @@ compiler=${CXX:-c++}
 export LD_PRELOAD="$("$compiler" -print-file-name=libasan.so):$("$compiler" -print-file-name=libubsan.so)"
 export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
 export SPARSIFINER_LIBRARY="$PWD/build/sanitize/_native.so"
-shopt -s nullglob
 .venv/bin/python -m pytest -p no:xdist tests/test_native.py tests/ops/test_native_*.py "$@"
