@@ -7,6 +7,8 @@ from torch import Tensor
 
 from sparsifiner.layout import TokenLayout
 
+_WARPS = 4
+
 
 def square_means(
     x: Tensor,
@@ -32,12 +34,13 @@ def square_means(
     inputs = [x] if other is None else [x, other]
     means = x.new_empty(len(inputs), B, H, layout.squares(side), d, dtype=dtype or x.dtype)
     block_d = max(16, triton.next_power_of_2(d))
-    square_means_kernel[(layout.squares(side), B * H, len(inputs))](
+    square_means_kernel[(layout.squares(side) * B * H, len(inputs))](
         *(inputs[0], inputs[-1], means, *inputs[0].stride()[:3], *inputs[-1].stride()[:3]),
-        *(H, *layout.grid, layout.prefix, d),
+        *(B * H, H, *layout.grid, layout.prefix, d),
         SIDE=side,
         BLOCK_S=min(max(1, 4096 // block_d), triton.next_power_of_2(side**2)),
         BLOCK_D=block_d,
+        num_warps=_WARPS,
     )
     return means
 
@@ -49,15 +52,15 @@ def square_means_kernel(
     means,  # [inputs, B * H, squares, d]
     x_batch, x_head, x_token,
     y_batch, y_head, y_token,
-    H, GRID_H, GRID_W, PREFIX, HEAD_DIM,
+    pairs, H, GRID_H, GRID_W, PREFIX, HEAD_DIM,
     SIDE: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One square of one input."""
-    square, squares = tl.program_id(0), tl.num_programs(0)
-    pair = tl.program_id(1).to(tl.int64)
-    which = tl.program_id(2)
+    """One square of one input; heads lie next to each other, as in the rows of one projection."""
+    square, squares = tl.program_id(0) // pairs, tl.num_programs(0) // pairs
+    pair = (tl.program_id(0) % pairs).to(tl.int64)
+    which = tl.program_id(1)
     columns = tl.cdiv(GRID_W, SIDE)
     dim = tl.arange(0, BLOCK_D)
     height = tl.minimum(GRID_H - square // columns * SIDE, SIDE)
@@ -75,5 +78,5 @@ def square_means_kernel(
         else:
             at = y + pair // H * y_batch + pair % H * y_head + token[:, None] * y_token + dim[None, :]
             total += tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32), 0)
-    to = means + ((which * tl.num_programs(1) + pair) * squares + square) * HEAD_DIM + dim
+    to = means + ((which * pairs + pair) * squares + square) * HEAD_DIM + dim
     tl.store(to, (total / (height * width)).to(means.dtype.element_ty), mask=dim < HEAD_DIM)

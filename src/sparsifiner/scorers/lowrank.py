@@ -99,7 +99,8 @@ class LowRankScorer(Scorer):
         that entries below the threshold can grow back.
         """
         magnitude = self._resampled_up(layout).abs()
-        return torch.where(magnitude > self.basis_threshold, magnitude, magnitude - magnitude.detach())
+        sparse = F.threshold(magnitude.detach(), self.basis_threshold, 0.0)
+        return sparse + (magnitude - magnitude.detach()) if torch.is_grad_enabled() else sparse
 
     def factors(self, q: Tensor, k: Tensor, layout: TokenLayout, tile: int) -> tuple[Tensor, Tensor]:
         """See `Scorer.factors`: C̃ and Ũ; with `legacy` C and the signed W_up, as the released code fits."""
@@ -147,7 +148,7 @@ class LowRankScorer(Scorer):
             return None
         projections = (self.query.weight, self.query.bias, self.key.weight, self.key.bias)
         basis = self.basis(layout).mT
-        weights = (each.float() for each in (*projections, self._resampled_down(layout), basis))
+        weights = (*projections, self._resampled_down(layout), basis)
         kept = min(self.coef_topk, basis.shape[0])
         geometry = (*layout.grid, layout.prefix, spec.tile)
         sizes = (self.temperature, kept, spec.budget, spec.forced)

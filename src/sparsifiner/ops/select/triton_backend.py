@@ -12,8 +12,12 @@ from sparsifiner.layout import TokenLayout
 
 # Scores that a program holds in registers; rows of more keys are read anew at every step.
 LARGEST_BLOCK = 16_384
+# Elements to whose multiples rows are padded.
+ROW_ALIGNMENT = 16
 # Short rows share a program, so that their reductions overlap.
 _SHARED_BLOCK = 2_048
+# Standard deviations around the first guess of a threshold that are looked at.
+_MARGIN = tl.constexpr(0.05)
 # Low bits of an fp32 number that its conversion from a shorter format leaves empty.
 _EMPTY_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 
@@ -70,7 +74,7 @@ def launch_select(
     """Selects from the first `len(indices)` rows of `scores`.
 
     Args:
-        scores: fp32, bf16 or fp16 [at least R, at least N], rows contiguous.
+        scores: fp32, bf16 or fp16 [at least R, at least N], rows contiguous; -inf beyond N.
         indices: int32 [R, k], written.
         own: of every row of a head.
         rows: rows of a head; row r of `scores` is row (first_row + r) % rows of its head.
@@ -85,7 +89,8 @@ def launch_select(
     arguments = (scores, indices, *own.arguments(), total, first_row, rows, N, scores.stride(0))
     shape = program_shape(N, budget, own) | {"EMPTY_BITS": _EMPTY_BITS[scores.dtype]}
     if block > LARGEST_BLOCK:
-        shape |= {"BLOCK": LARGEST_BLOCK, "num_warps": 16}
+        shape = {**shape, "BLOCK": LARGEST_BLOCK, "num_warps": 16}
+        del shape["ROWS"]
         select_long_kernel[(total,)](*arguments, budget, forced, **shape)
     else:
         grid = (triton.cdiv(total, shape["ROWS"]),)
@@ -112,13 +117,23 @@ def program_shape(N: int, budget: int, own: OwnTokens) -> dict[str, int]:
 
 
 @triton.jit
-def score_codes(score, key, N, forced, EMPTY_BITS: tl.constexpr):
-    """Integers in the order of fp32 scores: NaN as -inf, forced keys as +inf, beyond N the least."""
-    score = tl.where(score == 0.0, 0.0, score)  # -0.0 equals 0.0
-    score = tl.where((score != score) | (key >= N), -float("inf"), score)
-    score = tl.where(key < forced, float("inf"), score)
-    bits = score.to(tl.int32, bitcast=True)
+def comparable(score, key, forced):
+    """Scores that compare as the selection wants: NaN as -inf, forced keys as +inf."""
+    return tl.where(key < forced, float("inf"), tl.maximum(score, -float("inf")))
+
+
+@triton.jit
+def _code(value, EMPTY_BITS: tl.constexpr):
+    """Integers in the order of fp32 values."""
+    bits = value.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> EMPTY_BITS
+
+
+@triton.jit
+def _value(code, EMPTY_BITS: tl.constexpr):
+    """The value of a code."""
+    bits = (code << EMPTY_BITS) | ((code >> 31) & ((1 << EMPTY_BITS) - 1))
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -128,35 +143,39 @@ def _lowest(EMPTY_BITS: tl.constexpr):
 
 
 @triton.jit
-def _middle(low, high):
-    """Half-way between two codes, rounded up; they may be 2 ** 32 apart, so halves are added."""
-    return (low >> 1) + (high >> 1) + ((low | high) & 1)
+def _first_thresholds(score, N, quantile, low, high, EMPTY_BITS: tl.constexpr):
+    """Codes below and above the place where the selection would begin if scores were normally distributed."""
+    finite = tl.where(tl.abs(score) < float("inf"), score, 0.0)
+    mean = tl.sum(finite, 1) / N
+    deviation = tl.sqrt(tl.maximum(tl.sum(finite * finite, 1) / N - mean * mean, 0.0))
+    lower = mean + (quantile - _MARGIN) * deviation
+    upper = mean + (quantile + _MARGIN) * deviation
+    # sums beyond what fp32 holds tell nothing
+    first = tl.where(lower == lower, _code(lower, EMPTY_BITS), high)
+    second = tl.where(upper == upper, _code(upper, EMPTY_BITS), high)
+    return _clip(first, second, low, high)
 
 
 @triton.jit
-def _value_code(value, low, high, EMPTY_BITS: tl.constexpr):
-    """The code of a value; `high` if it is NaN, never below `low + 1` or above `high`."""
-    bits = value.to(tl.int32, bitcast=True)
-    code = (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> EMPTY_BITS
-    return tl.minimum(tl.maximum(tl.where(value == value, code, high), low + 1), high)
-
-
-@triton.jit
-def _thresholds(low, high, reached, beyond, k, step):
-    """Three codes in low + 1 .. high to look at next: by turns as counts suggest, and the quarters."""
-    half = _middle(low, high)
-    span = (high - low).to(tl.float32)
-    share = (reached - k).to(tl.float32) / tl.maximum(reached - beyond, 1).to(tl.float32)
+def _next_thresholds(low, high, reached, beyond, k, step):
+    """Codes to look at next: twice around the place that the counts suggest, then the thirds."""
+    count = tl.maximum(reached - beyond, 1).to(tl.float32)
+    # as unsigned, since codes may be 2 ** 32 apart
+    span = (high - low).to(tl.uint32, bitcast=True)
+    third = (span // 3).to(tl.int32)
+    guess = low + (span.to(tl.float32) * ((reached - k).to(tl.float32) / count)).to(tl.int32)
     # of n keys in a gap, the number below a place is off by about the root of n
-    width = (span * tl.rsqrt(tl.maximum(reached - beyond, 1).to(tl.float32))).to(tl.int32)
-    guess = low + (span * share).to(tl.int32)
-    is_guess = (step % 2 == 0) & (high - low > 0)
-    first = tl.where(is_guess, guess - tl.minimum(width, guess - low), _middle(low, half))
-    second = tl.where(is_guess, guess, half)
-    third = tl.where(is_guess, guess + tl.minimum(width, high - guess), _middle(half, high))
+    width = (span.to(tl.float32) * tl.rsqrt(count) * 0.5).to(tl.int32)
+    is_guess = (step % 3 < 2) & (high - low > 0)
+    first = tl.where(is_guess, guess - tl.minimum(width, guess - low), low + third + 1)
+    second = tl.where(is_guess, guess + 1 + tl.minimum(width, high - guess), low + third + third + 1)
+    return _clip(first, second, low, high)
+
+
+@triton.jit
+def _clip(first, second, low, high):
     first = tl.minimum(tl.maximum(first, low + 1), high)
-    second = tl.minimum(tl.maximum(second, first), high)
-    return first, second, tl.minimum(tl.maximum(third, second), high)
+    return first, tl.minimum(tl.maximum(second, first), high)
 
 
 @triton.jit
@@ -182,7 +201,7 @@ def _write_row_end(
 
 @triton.jit
 def write_lists(
-    score,  # fp32 [ROWS, BLOCK]
+    score,  # fp32 [ROWS, BLOCK], `comparable`, -inf beyond N
     key,  # [1, BLOCK]
     indices,  # [ROWS] pointers
     row,  # [ROWS], in its head
@@ -192,66 +211,53 @@ def write_lists(
     OWN_SIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Finds the code of the k-th largest score of each row and writes every key above it, in order.
+    """Finds the k-th largest score of each row and writes every key above it, in order.
 
-    A key equal to the threshold is taken while there is room, lowest index first. The search counts at three
-    codes a step and begins where the threshold would be if scores were normally distributed: `quantile`
-    standard deviations above their mean. It ends where exactly k keys reach the threshold, at the latest
-    when it is exact.
+    A key equal to the threshold is taken while there is room, lowest index first. The search counts at two
+    thresholds a step. It ends where exactly k keys reach one, at the latest when it is exact.
     """
-    code = score_codes(score, key, N, forced, EMPTY_BITS)
-    finite = tl.where((key >= forced) & (key < N) & (tl.abs(score) < float("inf")), score, 0.0)
-    mean = tl.sum(finite, 1) / N
-    deviation = tl.sqrt(tl.maximum(tl.sum(finite * finite, 1) / N - mean * mean, 0.0))
     # reached keys have codes of at least low, beyond ones more than high
-    low = tl.full([code.shape[0]], _lowest(EMPTY_BITS), tl.int32)
-    high = tl.maximum(tl.max(code, 1), low)
+    low = tl.full([score.shape[0]], _lowest(EMPTY_BITS), tl.int32)
+    high = tl.maximum(_code(tl.max(score, 1), EMPTY_BITS), low)
     reached = tl.zeros_like(low) + N
     beyond = tl.zeros_like(low)
-    searching = is_row & (high > low) & (reached > k)
-    first = _value_code(mean + (quantile - 0.1) * deviation, low, high, EMPTY_BITS)
-    second = tl.maximum(first, _value_code(mean + quantile * deviation, low, high, EMPTY_BITS))
-    third = tl.maximum(second, _value_code(mean + (quantile + 0.1) * deviation, low, high, EMPTY_BITS))
+    first, second = _first_thresholds(score, N, quantile, low, high, EMPTY_BITS)
     step = 0
-    while tl.max(searching.to(tl.int32), 0) > 0:
-        # three counts fit in one word
-        of_two = (code >= first[:, None]).to(tl.int32) + ((code >= second[:, None]).to(tl.int32) << 16)
-        counts = tl.sum(of_two.to(tl.int64) + ((code >= third[:, None]).to(tl.int64) << 32), 1)
-        of_first, of_second = (counts & 0xFFFF).to(tl.int32), ((counts >> 16) & 0xFFFF).to(tl.int32)
-        of_third = (counts >> 32).to(tl.int32)
-        # from the lowest up: what reaches k keys raises low, what does not lowers high
-        low = tl.where(searching & (of_first >= k), first, low)
-        reached = tl.where(searching & (of_first >= k), of_first, reached)
-        low = tl.where(searching & (of_second >= k), second, low)
-        reached = tl.where(searching & (of_second >= k), of_second, reached)
-        low = tl.where(searching & (of_third >= k), third, low)
-        reached = tl.where(searching & (of_third >= k), of_third, reached)
-        high = tl.where(searching & (of_third < k), third - 1, high)
-        beyond = tl.where(searching & (of_third < k), of_third, beyond)
-        high = tl.where(searching & (of_second < k), second - 1, high)
-        beyond = tl.where(searching & (of_second < k), of_second, beyond)
-        high = tl.where(searching & (of_first < k), first - 1, high)
-        beyond = tl.where(searching & (of_first < k), of_first, beyond)
-        searching = searching & (high > low) & (reached > k)
-        first, second, third = _thresholds(low, high, reached, beyond, k, step)
+    while tl.max((is_row & (high > low) & (reached > k)).to(tl.int32), 0) > 0:
+        at_first = (score >= _value(first, EMPTY_BITS)[:, None]).to(tl.int32)
+        at_second = (score >= _value(second, EMPTY_BITS)[:, None]).to(tl.int32)
+        # two counts fit in one word
+        counts = tl.sum(at_first + (at_second << 16), 1)
+        of_first, of_second = counts & 0xFFFF, counts >> 16
+        first_is_low, second_is_low = of_first >= k, of_second >= k
+        low = tl.where(second_is_low, second, tl.where(first_is_low, first, low))
+        reached = tl.where(second_is_low, of_second, tl.where(first_is_low, of_first, reached))
+        high = tl.where(second_is_low, high, tl.where(first_is_low, second, first) - 1)
+        beyond = tl.where(second_is_low, beyond, tl.where(first_is_low, of_second, of_first))
+        first, second = _next_thresholds(low, high, reached, beyond, k, step)
         step += 1
 
-    above = (code > low[:, None]).to(tl.int32)
-    room = tl.where(low > _lowest(EMPTY_BITS), k - tl.sum(above, 1), 0)[:, None]
-    equal = ((code == low[:, None]) & (key < N)).to(tl.int32)
-    # both counts fit in half a word
-    counts = tl.cumsum(above + (equal << 16), 1)
+    threshold = _value(low, EMPTY_BITS)[:, None]
+    # both counts fit in half a word: of keys above the threshold, and of those at it unless it is -inf
+    one_equal = tl.where(low > _lowest(EMPTY_BITS), 1 << 16, 0)[:, None]
+    counted = tl.where(score > threshold, 1, tl.where(score == threshold, one_equal, 0))
+    room = tl.where(reached > k, k - beyond, k)[:, None]
+    counts = tl.cumsum(counted, 1)
     equals = counts >> 16
     place = (counts & 0xFFFF) + tl.minimum(equals, room)
-    keep = ((above > 0) | ((equal > 0) & (equals <= room))) & is_row[:, None]
-    tl.store(indices[:, None] + place - 1, key + tl.zeros_like(place), mask=keep)
-    taken = tl.sum(keep.to(tl.int32), 1)
-    _write_row_end(indices, row, taken, is_row, own, m, GRID_H, GRID_W, PREFIX, k, forced, OWN_SIDE, BLOCK_K)
+    keep = (counted == 1) | ((counted > 1) & (equals <= room))
+    slot = tl.where(keep & is_row[:, None], place - 1, -1)
+    tl.store(indices[:, None] + slot, key + tl.zeros_like(slot), mask=slot >= 0)
+    taken = tl.max(place, 1)
+    if tl.min(tl.where(is_row, taken, k), 0) < k:
+        _write_row_end(
+            indices, row, taken, is_row, own, m, GRID_H, GRID_W, PREFIX, k, forced, OWN_SIDE, BLOCK_K
+        )
 
 
 @triton.jit
 def select_kernel(
-    scores,  # [R, stride]
+    scores,  # [R, stride], -inf beyond N
     indices,  # [R, k]
     own,  # [rows, m] or None
     m, GRID_H, GRID_W, PREFIX, total, first_row, rows, N, stride, k, forced, quantile,
@@ -265,10 +271,13 @@ def select_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_row = row < total
     key = tl.arange(0, BLOCK)[None, :]
-    score = tl.load(scores + row[:, None] * stride + key, mask=is_row[:, None] & (key < N), other=0.0)
+    # rows are read up to the stride, in whole vectors where it is aligned
+    mask = is_row[:, None] & (key < stride)
+    score = tl.load(scores + row[:, None] * stride + key, mask=mask, other=-float("inf"))
+    score = comparable(score.to(tl.float32), key, forced)
     own_row = ((first_row + row) % rows).to(tl.int32)
     write_lists(
-        score.to(tl.float32), key, indices + row * k, own_row, is_row,
+        score, key, indices + row * k, own_row, is_row,
         own, m, GRID_H, GRID_W, PREFIX, N, k, forced, quantile, EMPTY_BITS, OWN_SIDE, BLOCK_K,
     )  # fmt: skip
 
@@ -281,7 +290,6 @@ def select_long_kernel(
     m, GRID_H, GRID_W, PREFIX, total, first_row, rows, N, stride, k, forced,
     EMPTY_BITS: tl.constexpr,
     OWN_SIDE: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -290,45 +298,44 @@ def select_long_kernel(
     scores += row * stride
     indices += row * k
     block = tl.arange(0, BLOCK)
-    lowest = _lowest(EMPTY_BITS)
 
-    threshold = tl.full([], -(1 << (31 - EMPTY_BITS)), tl.int32)
+    code = tl.full([], -(1 << (31 - EMPTY_BITS)), tl.int32)
     candidate = tl.zeros([], tl.int32)
     for bit in range(31 - EMPTY_BITS, -1, -1):
         count = tl.zeros([], tl.int32)
         for start in range(0, N, BLOCK):
-            key = start + block
-            score = tl.load(scores + key, mask=key < N, other=0.0).to(tl.float32)
-            count += tl.sum(
-                ((score_codes(score, key, N, forced, EMPTY_BITS) >= candidate) & (key < N)).to(tl.int32), 0
-            )
-        threshold = tl.where(count >= k, candidate, threshold)
-        candidate = threshold + (1 << tl.maximum(bit - 1, 0))
-    threshold = tl.maximum(threshold, lowest)
+            score = _load_block(scores, start + block, N, forced)
+            count += tl.sum((_code(score, EMPTY_BITS) >= candidate).to(tl.int32), 0)
+        code = tl.where(count >= k, candidate, code)
+        candidate = code + (1 << tl.maximum(bit - 1, 0))
+    threshold = _value(tl.maximum(code, _lowest(EMPTY_BITS)), EMPTY_BITS)
 
     above = tl.zeros([], tl.int32)
     for start in range(0, N, BLOCK):
-        key = start + block
-        score = tl.load(scores + key, mask=key < N, other=0.0).to(tl.float32)
-        above += tl.sum((score_codes(score, key, N, forced, EMPTY_BITS) > threshold).to(tl.int32), 0)
-    room = tl.where(threshold > lowest, k - above, 0)
+        above += tl.sum((_load_block(scores, start + block, N, forced) > threshold).to(tl.int32), 0)
+    room = k - above
 
     taken = tl.zeros([1], tl.int32)
     equals = tl.zeros([1], tl.int32)
     for start in range(0, N, BLOCK):
         key = start + block
-        score = tl.load(scores + key, mask=key < N, other=0.0).to(tl.float32)
-        code = score_codes(score, key, N, forced, EMPTY_BITS)
-        equal = ((code == threshold) & (key < N)).to(tl.int32)
-        counts = tl.cumsum((code > threshold).to(tl.int32) + (equal << 16), 0)
+        score = _load_block(scores, key, N, forced)
+        equal = (score == threshold) & (score > -float("inf"))
+        counts = tl.cumsum((score > threshold).to(tl.int32) + (equal.to(tl.int32) << 16), 0)
         equals_before = equals + (counts >> 16)
         place = taken + (counts & 0xFFFF) + tl.minimum(equals_before, room) - tl.minimum(equals, room)
-        keep = (code > threshold) | ((equal > 0) & (equals_before <= room))
+        keep = (score > threshold) | (equal & (equals_before <= room))
         tl.store(indices + place - 1, key, mask=keep)
         taken += tl.sum(keep.to(tl.int32), 0)
-        equals += tl.sum(equal, 0)
+        equals += tl.sum(equal.to(tl.int32), 0)
     own_row = ((first_row + row) % rows).to(tl.int32) + tl.zeros_like(taken)
     _write_row_end(
         indices + tl.zeros([1], tl.int64), own_row, taken, taken >= 0,
         own, m, GRID_H, GRID_W, PREFIX, k, forced, OWN_SIDE, BLOCK_K,
     )  # fmt: skip
+
+
+@triton.jit
+def _load_block(scores, key, N, forced):
+    score = tl.load(scores + key, mask=key < N, other=-float("inf")).to(tl.float32)
+    return tl.where(key < N, comparable(score, key, forced), -float("inf"))

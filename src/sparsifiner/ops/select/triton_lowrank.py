@@ -10,7 +10,9 @@ from torch import Tensor
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops.select.triton_backend import (
     LARGEST_BLOCK,
+    ROW_ALIGNMENT,
     OwnTokens,
+    comparable,
     normal_quantile,
     program_shape,
     write_lists,
@@ -19,10 +21,12 @@ from sparsifiner.ops.triton_means import square_means
 
 # Keys that one program sums up for k_down; a head of more is divided.
 _SUMMED_KEYS = 512
+# Rows of one program of coefficients.
+_COEFFICIENT_ROWS = 16
 
 
 class LowRankWeights(NamedTuple):
-    """The predictor's parameters at the size of the input, fp32.
+    """The predictor's parameters at the size of the input, in one floating dtype; kernels compute in fp32.
 
     Attributes:
         query_weight: W_q [c, d].
@@ -76,11 +80,16 @@ def select_lowrank(
     coefficients = lowrank_coefficients(q, k, weights, layout, tile, temperature)
     K, rows = coefficients.shape[-1], layout.squares(tile)
     own = OwnTokens(layout=layout, side=tile)
+    # aligned rows are read in whole vectors
+    stride = triton.cdiv(N, ROW_ALIGNMENT) * ROW_ALIGNMENT
+    basis = weights.basis.new_empty(K, stride)
+    basis[:, :N] = weights.basis
     indices = torch.empty(B, H, rows, budget, dtype=torch.int32, device=q.device)
     shape = program_shape(N, budget, own)
     select_lowrank_kernel[(triton.cdiv(B * H * rows, shape["ROWS"]),)](
-        *(coefficients, weights.basis.contiguous(), indices, scores, *own.arguments()),
-        *(B * H * rows, rows, N, K, coef_topk, budget, forced, normal_quantile(N, budget)),
+        *(coefficients, basis, indices, scores, *own.arguments()),
+        *(B * H * rows, rows, N, K, stride, budget, forced, normal_quantile(N, budget)),
+        KEPT=coef_topk,
         BLOCK_BASIS=triton.next_power_of_2(K),
         WRITE_SCORES=scores is not None,
         **shape,
@@ -104,15 +113,21 @@ def lowrank_coefficients(
         "BLOCK_BASIS": max(16, triton.next_power_of_2(K)),
     }
     sums = torch.empty(B * H, parts, K, d, dtype=torch.float32, device=q.device)
+    shares = sums.new_empty(parts, K)
+    # 16-bit keys are whole in TF32, so three products with parts of the fp32 weights are as good as fp32 ones
+    precision = "ieee" if k.dtype == torch.float32 else "tf32x3"
     sum_keys_kernel[(parts, B * H)](
-        *(k, weights.down.contiguous(), sums, *k.stride()[:3], H, N, K, _SUMMED_KEYS), BLOCK_N=32, **blocks
+        *(k, weights.down.contiguous(), sums, shares, *k.stride()[:3], H, N, K, _SUMMED_KEYS),
+        BLOCK_N=32,
+        PRECISION=precision,
+        **blocks,
     )
     query = q[:, :, prefix:] if tile == 1 else square_means(q, layout, tile, dtype=torch.float32)[0]
     coefficients = torch.empty(B, H, rows, K, dtype=torch.float32, device=q.device)
-    coefficients_kernel[(triton.cdiv(rows, 64), B * H)](
-        *(query, sums, weights.down.sum(0), *(weight.contiguous() for weight in weights[:4]), coefficients),
+    coefficients_kernel[(triton.cdiv(rows, _COEFFICIENT_ROWS), B * H)](
+        *(query, sums, shares, *(weight.contiguous() for weight in weights[:4]), coefficients),
         *(*query.stride()[:3], H, rows, K, c, parts, temperature),
-        BLOCK_R=64,
+        BLOCK_R=_COEFFICIENT_ROWS,
         BLOCK_C=max(16, triton.next_power_of_2(c)),
         **blocks,
     )
@@ -122,19 +137,22 @@ def lowrank_coefficients(
 @triton.jit
 def sum_keys_kernel(
     k,  # [B, H, N, d]
-    down,  # fp32 [N, K]
+    down,  # [N, K]
     sums,  # fp32 [B * H, parts, K, d]
+    shares,  # fp32 [parts, K]
     k_batch, k_head, k_token, H, N, K, part_keys,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_BASIS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One part of a head: its share of W_downᵀ k."""
+    """One part of a head: its share of W_downᵀ k, and of the column sums of W_down."""
     part, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     k += pair // H * k_batch + pair % H * k_head
     base, dim = tl.arange(0, BLOCK_BASIS), tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_BASIS, BLOCK_D], tl.float32)
+    share = tl.zeros([BLOCK_BASIS], tl.float32)
     for start in range(part * part_keys, tl.minimum((part + 1) * part_keys, N), BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
         mask = (token < N)[:, None] & (dim < HEAD_DIM)[None, :]
@@ -142,21 +160,24 @@ def sum_keys_kernel(
         key = tl.load(k + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
         at = token[None, :] * K + base[:, None]
         mask = (token < N)[None, :] & (base < K)[:, None]
-        weight = tl.load(down + at, mask=mask, other=0.0)  # [BLOCK_BASIS, BLOCK_N]
-        total = tl.dot(weight, key, acc=total, input_precision="ieee")
+        weight = tl.load(down + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_BASIS, BLOCK_N]
+        total = tl.dot(weight, key, acc=total, input_precision=PRECISION)
+        share += tl.sum(weight, 1)
     at = ((pair * tl.num_programs(0) + part) * K + base[:, None]) * HEAD_DIM + dim[None, :]
     tl.store(sums + at, total, mask=(base < K)[:, None] & (dim < HEAD_DIM)[None, :])
+    if pair == 0:
+        tl.store(shares + part * K + base, share, mask=base < K)
 
 
 @triton.jit
 def coefficients_kernel(
     query,  # [B, H, rows, d]
     sums,  # fp32 [B * H, parts, K, d]
-    down_sum,  # fp32 [K]
-    query_weight,  # fp32 [c, d]
-    query_bias,  # fp32 [c]
-    key_weight,  # fp32 [c, d]
-    key_bias,  # fp32 [c]
+    shares,  # fp32 [parts, K]
+    query_weight,  # [c, d]
+    query_bias,  # [c]
+    key_weight,  # [c, d]
+    key_bias,  # [c]
     coefficients,  # fp32 [B * H, rows, K]
     q_batch, q_head, q_row, H, rows, K, c, parts, temperature,
     HEAD_DIM: tl.constexpr,
@@ -171,21 +192,22 @@ def coefficients_kernel(
     base, dim, reduced = tl.arange(0, BLOCK_BASIS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
     is_dim = (dim < HEAD_DIM)[None, :]
     total = tl.zeros([BLOCK_BASIS, BLOCK_D], tl.float32)
+    share = tl.zeros([BLOCK_BASIS], tl.float32)
     for part in range(parts):
+        share += tl.load(shares + part * K + base, mask=base < K, other=0.0)
         at = ((pair * parts + part) * K + base[:, None]) * HEAD_DIM + dim[None, :]
         total += tl.load(sums + at, mask=(base < K)[:, None] & is_dim, other=0.0)
     mask = (reduced < c)[:, None] & is_dim
     at = reduced[:, None] * HEAD_DIM + dim[None, :]
-    weight = tl.load(key_weight + at, mask=mask, other=0.0)  # [BLOCK_C, BLOCK_D]
-    bias = tl.load(key_bias + reduced, mask=reduced < c, other=0.0)
-    share = tl.load(down_sum + base, mask=base < K, other=0.0)
+    weight = tl.load(key_weight + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_C, BLOCK_D]
+    bias = tl.load(key_bias + reduced, mask=reduced < c, other=0.0).to(tl.float32)
     key_down = tl.dot(total, tl.trans(weight), input_precision="ieee") + share[:, None] * bias[None, :]
 
     query += pair // H * q_batch + pair % H * q_head
     at_query = row.to(tl.int64)[:, None] * q_row + dim[None, :]
     x = tl.load(query + at_query, mask=(row < rows)[:, None] & is_dim, other=0.0).to(tl.float32)
-    weight = tl.load(query_weight + at, mask=mask, other=0.0)
-    bias = tl.load(query_bias + reduced, mask=reduced < c, other=0.0)
+    weight = tl.load(query_weight + at, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.load(query_bias + reduced, mask=reduced < c, other=0.0).to(tl.float32)
     reduced_query = tl.dot(x, tl.trans(weight), input_precision="ieee") + bias[None, :]  # [BLOCK_R, BLOCK_C]
 
     logits = tl.dot(reduced_query, tl.trans(key_down), input_precision="ieee") * temperature
@@ -199,11 +221,12 @@ def coefficients_kernel(
 @triton.jit
 def select_lowrank_kernel(
     coefficients,  # fp32 [B * H * rows, K]
-    basis,  # fp32 [K, N]
+    basis,  # [K, stride]
     indices,  # [B * H * rows, k]
     scores,  # fp32 [B * H * rows, N] or None
     own,  # None
-    m, GRID_H, GRID_W, PREFIX, total, rows, N, K, coef_topk, k, forced, quantile,
+    m, GRID_H, GRID_W, PREFIX, total, rows, N, K, stride, k, forced, quantile,
+    KEPT: tl.constexpr,
     OWN_SIDE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -218,15 +241,16 @@ def select_lowrank_kernel(
     base = tl.arange(0, BLOCK_BASIS)[None, :]
     weight = tl.load(coefficients + row[:, None] * K + base, mask=is_row[:, None] & (base < K), other=-1.0)
     score = tl.zeros([ROWS, BLOCK], tl.float32)
-    for _ in range(coef_topk):
+    for _ in tl.static_range(KEPT):
         largest = tl.max(weight, 1)
         # rows that hold NaN have no largest one, and their scores become NaN
         at = tl.minimum(tl.min(tl.where(weight == largest[:, None], base, BLOCK_BASIS), 1), K - 1)
-        part = tl.load(basis + at[:, None] * N + key, mask=is_row[:, None] & (key < N), other=0.0)
-        score += tl.sum(tl.where(base == at[:, None], weight, 0.0), 1)[:, None] * part
+        part = tl.load(basis + at[:, None] * stride + key, mask=is_row[:, None] & (key < stride), other=0.0)
+        score += tl.sum(tl.where(base == at[:, None], weight, 0.0), 1)[:, None] * part.to(tl.float32)
         weight = tl.where(base == at[:, None], -1.0, weight)
     if WRITE_SCORES:
         tl.store(scores + row[:, None] * N + key, score, mask=is_row[:, None] & (key < N))
+    score = tl.where(key < N, comparable(score, key, forced), -float("inf"))
     own_row = (row % rows).to(tl.int32)
     write_lists(
         score, key, indices + row * k, own_row, is_row,

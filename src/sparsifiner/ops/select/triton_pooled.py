@@ -6,13 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsifiner.layout import TokenLayout
-from sparsifiner.ops.select.triton_backend import OwnTokens, launch_select
+from sparsifiner.ops.select.triton_backend import ROW_ALIGNMENT, OwnTokens, launch_select
 from sparsifiner.ops.triton_means import square_means
 
-# Scores that exist at once: at least these bytes, or this share of those of q, k and v.
+# Scores that exist at once: these bytes or those of q, since the output, which comes later, needs as many.
 _SCRATCH_BYTES = 6 * 2**20
-_SCRATCH_SHARE = 1 / 16
-_ALIGNMENT = 8
 
 
 def select_pooled(
@@ -45,9 +43,9 @@ def select_pooled(
     rows, pairs = layout.squares(tile), B * H
     mean_q = square_means(q, layout, tile)[0]
     indices = torch.empty(B, H, rows, budget, dtype=torch.int32, device=q.device)
-    stride = triton.cdiv(N, _ALIGNMENT) * _ALIGNMENT
+    stride = triton.cdiv(N, ROW_ALIGNMENT) * ROW_ALIGNMENT
     dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
-    chunk = max(1, scratch_rows(3 * q.numel() * q.element_size(), stride * dtype.itemsize))
+    chunk = max(1, scratch_rows(q.numel() * q.element_size(), stride * dtype.itemsize))
     # whole heads where they fit, else parts of one
     heads = max(1, chunk // rows)
     part = triton.cdiv(rows, triton.cdiv(rows, chunk))
@@ -75,9 +73,9 @@ def select_pooled(
     return indices
 
 
-def scratch_rows(input_bytes: int, row_bytes: int) -> int:
+def scratch_rows(query_bytes: int, row_bytes: int) -> int:
     """Rows of scores that exist at once."""
-    return int(max(_SCRATCH_SHARE * input_bytes, _SCRATCH_BYTES) // row_bytes)
+    return max(query_bytes, _SCRATCH_BYTES) // row_bytes
 
 
 @triton.jit
@@ -106,4 +104,6 @@ def pooled_scores_kernel(
     key = tl.load(k + at, mask=(token < N)[:, None] & is_dim, other=0.0)  # [BLOCK_N, BLOCK_D]
     score = tl.dot(query, tl.trans(key), input_precision="ieee")
     to = (tl.program_id(2) * part + row).to(tl.int64) * stride + token[None, :]
-    tl.store(scores + to, score.to(scores.dtype.element_ty), mask=(row < size) & (token < N)[None, :])
+    # up to the stride, so that vectors are stored whole
+    score = tl.where((token < N)[None, :], score, -float("inf"))
+    tl.store(scores + to, score.to(scores.dtype.element_ty), mask=(row < size) & (token < stride)[None, :])
