@@ -115,12 +115,14 @@ class OracleScorer(Scorer):
         accurate = accumulation_dtype(q.dtype)
         layout = spec.layout
         query = layout.split_squares(q[:, :, layout.prefix :].to(accurate), spec.tile)  # [B, H, T, m, d]
-        key = k.to(accurate).mT.unsqueeze(2)
+        key = k.to(accurate).mT
         exists = layout.split_squares(torch.ones_like(q[:1, :1, layout.prefix :, :1]), spec.tile)
         weight = exists / exists.sum(3, keepdim=True)  # [1, 1, T, m, 1]
 
         def scores(start: int, stop: int) -> Tensor:
-            attention = (query[:, :, start:stop] @ key * spec.scale).softmax(-1)
+            rows = query[:, :, start:stop]
+            # one product per head: broadcast over the tiles, keys would be copied for each
+            attention = (rows.flatten(2, 3) @ key * spec.scale).softmax(-1).unflatten(2, rows.shape[2:4])
             return (attention * weight[:, :, start:stop]).sum(3)
 
         return scores
