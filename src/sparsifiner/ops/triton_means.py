@@ -7,8 +7,6 @@ from torch import Tensor
 
 from sparsifiner.layout import TokenLayout
 
-_WARPS = 4
-
 
 def square_means(
     x: Tensor,
@@ -40,7 +38,7 @@ def square_means(
         SIDE=side,
         BLOCK_S=min(max(1, 4096 // block_d), triton.next_power_of_2(side**2)),
         BLOCK_D=block_d,
-        num_warps=_WARPS,
+        num_warps=1 if x.element_size() == 2 else 2,
     )
     return means
 

@@ -4,6 +4,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,8 +15,10 @@ from sparsifiner.layout import TokenLayout
 LARGEST_BLOCK = 16_384
 # Elements to whose multiples rows are padded.
 ROW_ALIGNMENT = 16
+# Bits of a word.
+_WORD = 32
 # Short rows share a program, so that their reductions overlap.
-_SHARED_BLOCK = 2_048
+_SHARED_BLOCK = 1_024
 # Standard deviations around the first guess of a threshold that are looked at.
 _MARGIN = tl.constexpr(0.05)
 # Low bits of an fp32 number that its conversion from a shorter format leaves empty.
@@ -55,9 +58,10 @@ def select_topk(scores: Tensor, budget: int, forced: int, own: Tensor) -> Tensor
         int32 [B, H, rows, k], ascending, -1 last.
     """
     B, H, rows, N = scores.shape
-    scores = (scores.float() if scores.dtype == torch.float64 else scores).contiguous()
+    scores = scores.float() if scores.dtype == torch.float64 else scores
+    scores = F.pad(scores, (0, -N % ROW_ALIGNMENT), value=-torch.inf).contiguous()
     indices = torch.empty(B, H, rows, budget, dtype=torch.int32, device=scores.device)
-    launch_select(scores.view(-1, N), indices.view(-1, budget), OwnTokens(own), rows=rows, N=N, forced=forced)
+    launch_select(scores.view(-1, scores.shape[-1]), indices.view(-1, budget), OwnTokens(own), rows=rows, N=N, forced=forced)
     return indices
 
 
@@ -85,7 +89,7 @@ def launch_select(
     total, budget = indices.shape
     if not total:
         return
-    block = triton.next_power_of_2(N)
+    block = program_shape(N, budget, own)["BLOCK"]
     arguments = (scores, indices, *own.arguments(), total, first_row, rows, N, scores.stride(0))
     shape = program_shape(N, budget, own) | {"EMPTY_BITS": _EMPTY_BITS[scores.dtype]}
     if block > LARGEST_BLOCK:
@@ -104,15 +108,15 @@ def normal_quantile(N: int, budget: int) -> float:
 
 def program_shape(N: int, budget: int, own: OwnTokens) -> dict[str, int]:
     """Sizes of one program: its rows, a row's keys and list, and its warps."""
-    block = triton.next_power_of_2(N)
+    block = max(_WORD, triton.next_power_of_2(N))
     rows = max(1, _SHARED_BLOCK // block)
     return {
         "OWN_SIDE": own.side,
         "ROWS": rows,
         "BLOCK": block,
         "BLOCK_K": triton.next_power_of_2(budget),
-        # 16 scores a thread, so that several programs fit on a multiprocessor
-        "num_warps": max(4, min(16, rows * block // 512)),
+        # 32 scores a thread, so that several programs fit on a multiprocessor
+        "num_warps": max(2, min(16, rows * block // 1024)),
     }
 
 
@@ -200,6 +204,24 @@ def _write_row_end(
 
 
 @triton.jit
+def _words(flags):
+    """Flags [ROWS, BLOCK] as the bits of int32 words [ROWS, BLOCK // 32]."""
+    parts: tl.constexpr = flags.shape[1] // 32
+    bits = tl.reshape(flags.to(tl.int32), [flags.shape[0], parts, 32]) << tl.arange(0, 32)[None, None, :]
+    return tl.sum(bits, 2)
+
+
+@triton.jit
+def _ones(words):
+    """How many bits of each word are set."""
+    x = words.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
 def write_lists(
     score,  # fp32 [ROWS, BLOCK], `comparable`, -inf beyond N
     key,  # [1, BLOCK]
@@ -238,17 +260,28 @@ def write_lists(
         step += 1
 
     threshold = _value(low, EMPTY_BITS)[:, None]
-    # both counts fit in half a word: of keys above the threshold, and of those at it unless it is -inf
-    one_equal = tl.where(low > _lowest(EMPTY_BITS), 1 << 16, 0)[:, None]
-    counted = tl.where(score > threshold, 1, tl.where(score == threshold, one_equal, 0))
+    above = _words(score > threshold)  # [ROWS, BLOCK // 32]
+    equal = _words((score == threshold) & (low > _lowest(EMPTY_BITS))[:, None])
     room = tl.where(reached > k, k - beyond, k)[:, None]
-    counts = tl.cumsum(counted, 1)
-    equals = counts >> 16
-    place = (counts & 0xFFFF) + tl.minimum(equals, room)
-    keep = (counted == 1) | ((counted > 1) & (equals <= room))
-    slot = tl.where(keep & is_row[:, None], place - 1, -1)
-    tl.store(indices[:, None] + slot, key + tl.zeros_like(slot), mask=slot >= 0)
-    taken = tl.max(place, 1)
+    # both counts fit in half a word
+    of_above, of_equal = _ones(above), _ones(equal)
+    counts = of_above + (of_equal << 16)
+    before = tl.cumsum(counts, 1) - counts
+    room_left = tl.maximum(room - (before >> 16), 0)
+    slot = (before & 0xFFFF) + tl.minimum(before >> 16, room)
+    first_key = tl.arange(0, above.shape[1])[None, :] * 32
+    bits = (above | equal) & tl.where(is_row, -1, 0)[:, None]
+    for _ in range(tl.max(tl.max(of_above + of_equal, 1), 0)):
+        lowest = bits & -bits
+        is_equal = (equal & lowest) != 0
+        keep = (bits != 0) & ((room_left > 0) | (is_equal == 0))
+        # the exponent of a power of two
+        place = (lowest.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+        tl.store(indices[:, None] + slot, first_key + place, mask=keep)
+        slot += keep.to(tl.int32)
+        room_left -= is_equal.to(tl.int32)
+        bits = bits ^ lowest
+    taken = tl.max(slot, 1)
     if tl.min(tl.where(is_row, taken, k), 0) < k:
         _write_row_end(
             indices, row, taken, is_row, own, m, GRID_H, GRID_W, PREFIX, k, forced, OWN_SIDE, BLOCK_K

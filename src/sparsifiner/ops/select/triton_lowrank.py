@@ -22,7 +22,7 @@ from sparsifiner.ops.triton_means import square_means
 # Keys that one program sums up for k_down; a head of more is divided.
 _SUMMED_KEYS = 512
 # Rows of one program of coefficients.
-_COEFFICIENT_ROWS = 16
+_COEFFICIENT_ROWS = 64
 
 
 class LowRankWeights(NamedTuple):
@@ -129,6 +129,7 @@ def lowrank_coefficients(
         *(*query.stride()[:3], H, rows, K, c, parts, temperature),
         BLOCK_R=_COEFFICIENT_ROWS,
         BLOCK_C=max(16, triton.next_power_of_2(c)),
+        num_warps=8,
         **blocks,
     )
     return coefficients

@@ -124,7 +124,9 @@ def attend(
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3]),
         *(H, N, *problem.layout.grid, prefix, problem.tiles, lists.indices.shape[-1]),
         *(problem.windows, splits, problem.scale * _LOG2_E),
+        SUMMARY_STAGES=2,
         **_blocks(q, problem),
+        **_forward_options(q, problem),
     )
     if prefix:
         join_splits_kernel[(prefix, B * H)](
@@ -189,6 +191,7 @@ def attend_backward(
         *(*d_out.stride()[:3], *d_q.stride()[:3]),
         *(H, N, *problem.layout.grid, prefix, problem.tiles, keys),
         *(problem.windows, splits, entries, problem.scale * _LOG2_E, problem.scale),
+        BLOCK_END=min(32, _block_n(q)),
         **_blocks(q, problem),
         DETERMINISTIC=deterministic,
     )
@@ -228,6 +231,7 @@ def _summaries(k: Tensor, v: Tensor, indices: Tensor, problem: Problem) -> tuple
         SIDE=side,
         BLOCK_N=min(1024, triton.next_power_of_2(indices.shape[-1])),
         BLOCK_W=triton.next_power_of_2(windows),
+        num_warps=2,
     )
     return square_means(k, layout, side, v), missing
 
@@ -265,18 +269,26 @@ def _block_d(q: Tensor) -> int:
     return max(16, triton.next_power_of_2(q.shape[-1]))
 
 
+def _block_n(q: Tensor) -> int:
+    return 32 if q.dtype == torch.float32 else 64
+
+
+def _forward_options(q: Tensor, problem: Problem) -> dict[str, int]:
+    """Registers that let a fourth program of 64 queries and head dim 64 onto a multiprocessor."""
+    is_small = problem.block_m(q) * _block_d(q) <= 64 * 64 and q.dtype != torch.float32
+    return {"maxnreg": 128} if is_small and problem.tile > 1 else {}
+
+
 def _blocks(q: Tensor, problem: Problem) -> dict[str, int]:
     """Sizes that the kernels are compiled for."""
-    block_n = 32 if q.dtype == torch.float32 else 64
     return {
         "HEAD_DIM": q.shape[-1],
         "TILE": problem.side,
         "PARTS": problem.parts(q),
         "BLOCK_M": problem.block_m(q),
         "SPLIT_KEYS": _SPLIT_KEYS,
-        "BLOCK_N": block_n,
-        "BLOCK_END": min(32, block_n),
-        "BLOCK_W": max(16, min(block_n, triton.next_power_of_2(max(1, problem.windows)))),
+        "BLOCK_N": _block_n(q),
+        "BLOCK_W": max(16, min(_block_n(q), triton.next_power_of_2(max(1, problem.windows)))),
         "BLOCK_D": _block_d(q),
         "PACKED": problem.tile == 1,
         # four warps hold no more than 64 x 64 of the sums without spilling

@@ -155,7 +155,7 @@ def attend_kernel(
     SPLIT_KEYS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_END: tl.constexpr,
+    SUMMARY_STAGES: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PACKED: tl.constexpr,
@@ -185,6 +185,9 @@ def attend_kernel(
         indices, lengths, every, row, keys, N, is_prefix, split, SPLIT_KEYS, PACKED
     )
     whole = length // BLOCK_N * BLOCK_N
+    end_slot = whole + tl.arange(0, BLOCK_N)
+    listed = end_slot < length
+    end_index = tl.load(tokens + end_slot, mask=listed, other=0)
     for start in range(0, whole, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         index = tl.load(tokens + slot)
@@ -192,17 +195,10 @@ def attend_kernel(
         value = load_rows(v, index, v_token, None, HEAD_DIM, BLOCK_D)
         bias = bits_bias(bits + row * keys, slot, length, member, is_prefix) if PACKED else None
         best, weight, total = _add_keys(query, key, value, bias, None, best, weight, total, scale)
-    for start in tl.range(whole, length, BLOCK_END, num_stages=1):
-        slot = start + tl.arange(0, BLOCK_END)
-        listed = slot < length
-        index = tl.load(tokens + slot, mask=listed, other=0)
-        key = load_rows(k, index, k_token, listed, HEAD_DIM, BLOCK_D)
-        value = load_rows(v, index, v_token, listed, HEAD_DIM, BLOCK_D)
-        bias = tl.where(listed, 0.0, -float("inf"))[None, :]
-        if PACKED:
-            bias += bits_bias(bits + row * keys, slot, length, member, is_prefix)
-        best, weight, total = _add_keys(query, key, value, bias, None, best, weight, total, scale)
-    for start in tl.range(0, (1 - is_prefix) * windows, BLOCK_W, num_stages=1):
+    # what is left of the list arrives while the summaries are added
+    end_key = load_rows(k, end_index, k_token, listed, HEAD_DIM, BLOCK_D)
+    end_value = load_rows(v, end_index, v_token, listed, HEAD_DIM, BLOCK_D)
+    for start in tl.range(0, (1 - is_prefix) * windows, BLOCK_W, num_stages=SUMMARY_STAGES):
         window = start + tl.arange(0, BLOCK_W)
         is_window = window < windows
         key = load_rows(mean_k, pair * windows + window, HEAD_DIM, is_window, HEAD_DIM, BLOCK_D)
@@ -210,6 +206,11 @@ def attend_kernel(
         count = summary_counts(missing, row, token, PREFIX, GRID_H * GRID_W, pair, window, windows, PACKED)
         bias = tl.where(count > 0, 0.0, -float("inf"))
         best, weight, total = _add_keys(query, key, value, bias, count, best, weight, total, scale)
+    if whole < length:
+        bias = tl.where(listed, 0.0, -float("inf"))[None, :]
+        if PACKED:
+            bias += bits_bias(bits + row * keys, end_slot, length, member, is_prefix)
+        best, weight, total = _add_keys(query, end_key, end_value, bias, None, best, weight, total, scale)
 
     total = total / tl.where(weight > 0, weight, 1.0)[:, None]
     log_total = best + tl.log2(weight)
