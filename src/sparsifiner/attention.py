@@ -13,7 +13,7 @@ from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import sparse_attention
-from sparsifiner.scorers import ListSpec, Scorer
+from sparsifiner.scorers import ListSpec, Scorer, SharedLists
 
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -31,6 +31,9 @@ class SparseAttention(nn.Module):
         prefix: number of prefix tokens.
         layer: index of the layer.
         config: what to do.
+
+    Attributes:
+        lists: where the layers behind find the lists of this one, if they share them, else None.
     """
 
     # everything of timm's module that its forward uses, by the names that checkpoints know
@@ -62,6 +65,7 @@ class SparseAttention(nn.Module):
         for name in self.SHARED_MODULES:
             setattr(self, name, getattr(dense, name))
         self.scorer = scorer
+        self.lists: SharedLists | None = None
         self.grid = grid
         self.prefix = prefix
         self.layer = layer
@@ -93,6 +97,8 @@ class SparseAttention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
             connectivity = self.scorer(q, k, spec)
+            if self.lists is not None:
+                self.lists.put(connectivity)
             summary = self.summary_side(layout)
             out = sparse_attention(q, k, v, connectivity, summary, self.scale, self.backend)
         return self.combine(x, out)

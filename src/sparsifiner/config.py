@@ -31,6 +31,8 @@ class SparsifyConfig:
         basis_threshold: basis entries of at most this magnitude count as zero.
         legacy: the low-rank scorer exactly as released: temperature H ** -0.5, basis size N // 6 of
             the native image size, dense products, backend "reference".
+        share: consecutive layers that attend by the lists of the first of them: 2 halves scoring and
+            selection. Layers that share must have the same `keep`.
         backend: "auto", "reference", "torch" or, on a GPU, "triton".
         min_tokens: layers that see fewer tokens stay dense.
         seed: seed of the scorer "random".
@@ -49,6 +51,7 @@ class SparsifyConfig:
     coef_topk: int = 8
     basis_threshold: float = 0.02
     legacy: bool = False
+    share: int = 1
     backend: str = "auto"
     min_tokens: int = 0
     seed: int = 0
@@ -78,6 +81,8 @@ class SparsifyConfig:
             raise ValueError(f"coef_topk={self.coef_topk} exceeds basis={self.basis}; lower coef_topk")
         if not (isinstance(self.basis_threshold, int | float) and 0 <= self.basis_threshold < math.inf):
             raise ValueError(f"basis_threshold must be a number of at least 0, got {self.basis_threshold!r}")
+        self._check_at_least("share", 1, "1 gives every layer its own lists")
+        self._check_groups(listed)
         self._check_at_least("min_tokens", 0, "0 makes every layer sparse")
         self._check_at_least("seed", 0, "any whole number below 2 ** 32 will do")
         if self.backend not in {"auto", *BACKENDS}:
@@ -93,8 +98,17 @@ class SparsifyConfig:
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}; {remedy}")
 
+    def _check_groups(self, keeps: tuple[float, ...]) -> None:
+        for layer, keep in enumerate(keeps):
+            first = layer - layer % self.share
+            if keep != keeps[first]:
+                raise ValueError(
+                    f"keep={keep} of layer {layer} differs from that of layer {first}, whose lists it takes "
+                    f"with share={self.share}; give both the same"
+                )
+
     def _check_legacy(self) -> None:
-        required = {"scorer": "lowrank", "tile": 1, "summary": None}
+        required = {"scorer": "lowrank", "tile": 1, "summary": None, "share": 1}
         for name, value in required.items():
             if getattr(self, name) != value:
                 raise ValueError(

@@ -11,12 +11,12 @@ from torch import nn
 from sparsifiner.attention import CurrentGrid, SparseAttention
 from sparsifiner.config import SparsifyConfig, change_config, make_config
 from sparsifiner.layout import TokenLayout
-from sparsifiner.scorers import LowRankScorer, Scorer, make_scorer
+from sparsifiner.scorers import BorrowingScorer, LowRankScorer, Scorer, SharedLists, make_scorer
 
 _logger = logging.getLogger(__name__)
 
 # fields that shape a scorer: with these equal, calling sparsify again keeps the scorer and its weights
-_SHAPING_FIELDS = ("scorer", "basis", "reduced_dim")
+_SHAPING_FIELDS = ("scorer", "basis", "reduced_dim", "share")
 
 
 def sparsify(
@@ -63,19 +63,28 @@ def sparsify(
     grid = sparse_before[0].grid if sparse_before else _current_grid(model)
     native = TokenLayout(_native_grid(model), model.num_prefix_tokens)
     untrained = False
+    lists: SharedLists | None = None
     for index, (block, layer) in enumerate(zip(model.blocks, layers, strict=True)):
+        scores = index % config.share == 0
+        if scores:
+            lists = SharedLists() if index + 1 < len(layers) and config.share > 1 else None
+        if isinstance(layer, SparseAttention) and _keeps_scorer(layer, config):
+            layer.configure(config)
+            continue
+        if scores:
+            scorer = make_scorer(config, index, native, layer.num_heads, layer.head_dim)
+        else:
+            assert lists is not None
+            scorer = BorrowingScorer(lists, index + 1 == len(layers) or (index + 1) % config.share == 0)
+        scorer = _place(scorer, layer)
         if isinstance(layer, SparseAttention):
-            if not _keeps_scorer(layer, config):
-                layer.scorer = _place(
-                    make_scorer(config, index, native, layer.num_heads, layer.head_dim), layer
-                )
-                untrained = True
+            layer.scorer = scorer
             layer.configure(config)
         else:
-            scorer = _place(make_scorer(config, index, native, layer.num_heads, layer.head_dim), layer)
-            sparse = SparseAttention(layer, scorer, grid, model.num_prefix_tokens, index, config)
-            block.attn = sparse
-            untrained = True
+            layer = SparseAttention(layer, scorer, grid, model.num_prefix_tokens, index, config)
+            block.attn = layer
+        layer.lists = lists if scores else None
+        untrained = True
     if untrained and config.scorer == "lowrank":
         warnings.warn(
             "the low-rank scorer is untrained and chooses keys by chance: load trained weights, or train it",

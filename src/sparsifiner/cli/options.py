@@ -55,6 +55,7 @@ class SparsityOptions:
         tile: side in patches of the square of queries that share a key list.
         summary: side in patches of the summary windows, "auto", or "none".
         scorer: who chooses the keys.
+        share: consecutive layers that attend by the lists of the first of them.
         backend: "auto", "reference", "torch" or, on a GPU, "triton".
         min_tokens: layers that see fewer tokens stay dense.
         basis: basis size of the low-rank scorer.
@@ -70,6 +71,7 @@ class SparsityOptions:
     tile: int | None = None
     summary: int | Literal["auto", "none"] | None = None
     scorer: Literal["lowrank", "pooled", "oracle", "window", "strided", "random"] | None = None
+    share: int | None = None
     backend: str | None = None
     min_tokens: int | None = None
     basis: int | None = None

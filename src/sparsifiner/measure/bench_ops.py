@@ -1,7 +1,7 @@
 """Times one attention operation, part by part, against the fastest dense path of the same run."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -51,6 +51,8 @@ class OpsBenchmark:
         prefix: number of prefix tokens.
         tile: side in patches of the square of queries that share a key list.
         summary: side in patches of the summary windows, "auto", or "none".
+        share: layers that attend by the same lists; "everything" then is the mean over as many layers, one of
+            which scores and selects.
         scorer: who chooses the keys; the low-rank one has random parameters, spread as trained ones are.
         backend: of selection and attention.
         backward: time forward and backward together, too.
@@ -70,6 +72,7 @@ class OpsBenchmark:
     prefix: int = 0
     tile: int = 8
     summary: int | Literal["auto", "none"] | None = 8
+    share: int = 1
     scorer: Literal["pooled", "lowrank"] = "pooled"
     backend: str = "auto"
     backward: bool = False
@@ -104,6 +107,7 @@ class OpsBenchmark:
             tile=self.tile,
             summary=None if self.summary == "none" else self.summary,
             scorer=self.scorer,
+            share=self.share,
             backend=self.backend,
         )
 
@@ -172,13 +176,22 @@ def _measure(case: Case, settings: OpsBenchmark, device: torch.device, source: R
     generator = torch.Generator(device).manual_seed(settings.seed)
     shape = (case.batch, case.layout.tokens, 3, settings.heads, settings.head_dim)
     sets = projected_inputs(shape, DTYPES[settings.dtype], generator)
+    sets += sets[: -len(sets) % settings.share]
     scorer = _make_scorer(case, settings, device)
     spec = case.list_spec(settings.head_dim)
     upstream = torch.randn(sets[0][0].shape, generator=generator, device=device).to(sets[0][0].dtype)
     parity = check_operation(scorer, sets[0], spec, case.summary, upstream if settings.backward else None)
 
-    def everything(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return sparse_attention(q, k, v, scorer(q, k, spec), case.summary, backend=spec.backend)
+    held: list[Connectivity] = []  # the lists of the last layer that scored
+
+    def share_lists(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sparse_attention(q, k, v, held[0], case.summary, backend=spec.backend)
+
+    def score_and_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        held[:] = [scorer(q, k, spec)]
+        return share_lists(q, k, v)
+
+    everything = [share_lists if layer % settings.share else score_and_attend for layer in range(len(sets))]
 
     @torch.no_grad()
     def result_and_lists() -> tuple[Tensor, Connectivity]:
@@ -234,31 +247,32 @@ def _rivals(
     for name, path in dense_paths(device).items():
         why_not = no_square if path is matmul_attention else None
         details = {"key_visits": 1.0}
-        rivals += _passes(name, path, sets, upstream, dense=True, why_not=why_not, details=details)
-    flex: Attention | None = None
+        rivals += _passes(name, [path], sets, upstream, dense=True, why_not=why_not, details=details)
+    flex: list[Attention] = []
     no_flex: str | None = "compiled kernels need a GPU"
     if device.type == "cuda":
         blocks, density = random_blocks(N, density, generator)
-        flex, no_flex = flex_blocks_attention(blocks), None
+        flex, no_flex = [flex_blocks_attention(blocks)], None
     details = {"key_visits": density}
     rivals += _passes("flex attention", flex, sets, upstream, why_not=no_flex, details=details)
-    masked = None if no_square else masked_dense_attention(~connectivity.to_mask())
+    masked = [] if no_square else [masked_dense_attention(~connectivity.to_mask())]
     details = {"key_visits": budget / N}
     rivals += _passes("masked dense", masked, sets, upstream, why_not=no_square, details=details)
     return rivals
 
 
 def _passes(
-    part: str, attention: Attention | None, sets: list[Inputs], upstream: Tensor | None, **options: Any
+    part: str, attentions: Sequence[Attention], sets: list[Inputs], upstream: Tensor | None, **options: Any
 ) -> list[Candidate]:
-    """An attention as a candidate for the forward pass and, with `upstream`, for both passes."""
-    attentions = [] if attention is None else [attention]
-    forward = [functools.partial(_forward, each, inputs) for each in attentions for inputs in sets]
+    """Attention as a candidate for the forward pass and, with `upstream`, for both passes.
+
+    `attentions` are one for each set of inputs, or one for all, or none where it cannot run.
+    """
+    of_sets = list(zip([*attentions] * (len(sets) // max(1, len(attentions))), sets, strict=False))
+    forward = [functools.partial(_forward, each, inputs) for each, inputs in of_sets]
     candidates = [Candidate(part, FORWARD, forward, **options)]
     if upstream is not None:
-        both = [
-            functools.partial(_gradients, each, inputs, upstream) for each in attentions for inputs in sets
-        ]
+        both = [functools.partial(_gradients, each, inputs, upstream) for each, inputs in of_sets]
         candidates.append(Candidate(part, BACKWARD, both, **{**options, "needs": None}))
     return candidates
 
@@ -296,6 +310,7 @@ def _describe(case: Case, settings: OpsBenchmark, spec: ListSpec, sets: int, par
         "budget": spec.budget,
         "windows": case.windows,
         "tile": case.config.tile,
+        "share": case.config.share,
         "summary": case.summary,
         "scorer": case.config.scorer,
         "backend": case.config.backend,

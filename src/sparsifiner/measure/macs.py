@@ -135,7 +135,9 @@ def _paper_mhsa_of(attentions: list[Any], tokens: int) -> float | None:
     if not isinstance(first, SparseAttention):
         return paper_mhsa(*shape, keep=None)
     config = first.config
-    if (config.scorer, config.tile, config.summary) != ("lowrank", 1, None) or tokens < config.min_tokens:
+    if (config.scorer, config.tile, config.summary, config.share) != ("lowrank", 1, None, 1):
+        return None
+    if tokens < config.min_tokens:
         return None
     keeps = {attention.keep for attention in attentions}
     return paper_mhsa(*shape, keep=keeps.pop()) if len(keeps) == 1 else None

@@ -8,14 +8,17 @@ from sparsifiner.scorers.base import ListSpec, Scorer
 from sparsifiner.scorers.lowrank import LowRankScorer
 from sparsifiner.scorers.patterns import OracleScorer, RandomScorer, StridedScorer, WindowScorer
 from sparsifiner.scorers.pooled import PooledScorer
+from sparsifiner.scorers.shared import BorrowingScorer, SharedLists
 
 __all__ = [
+    "BorrowingScorer",
     "ListSpec",
     "LowRankScorer",
     "OracleScorer",
     "PooledScorer",
     "RandomScorer",
     "Scorer",
+    "SharedLists",
     "StridedScorer",
     "WindowScorer",
     "make_scorer",

@@ -122,8 +122,9 @@ class OracleScorer(Scorer):
         def scores(start: int, stop: int) -> Tensor:
             rows = query[:, :, start:stop]
             # one product per head: broadcast over the tiles, keys would be copied for each
-            attention = (rows.flatten(2, 3) @ key * spec.scale).softmax(-1).unflatten(2, rows.shape[2:4])
-            return (attention * weight[:, :, start:stop]).sum(3)
+            attention = (rows.flatten(2, 3) @ key * spec.scale).softmax(-1)
+            by_tile = attention.view(*rows.shape[:4], key.shape[-1])
+            return (by_tile * weight[:, :, start:stop]).sum(3)
 
         return scores
 

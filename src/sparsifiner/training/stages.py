@@ -13,6 +13,7 @@ from sparsifiner.attention import SparseAttention
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops.precision import without_autocast
 from sparsifiner.patch import desparsify
+from sparsifiner.scorers import BorrowingScorer
 from sparsifiner.trace import trace_projections
 from sparsifiner.training.losses import (
     classification_loss,
@@ -113,6 +114,8 @@ class Student(nn.Module):
         layout = _layout_of(self.model, images)
         errors = []
         for layer, seen, wanted in zip(_sparse_layers(self.model), scored, target, strict=True):
+            if isinstance(layer.scorer, BorrowingScorer):
+                continue
             tile = layer.config.tile
             with without_autocast(wanted[0].device):
                 coefficients, basis = layer.scorer.factors(*seen, layout, tile)

@@ -61,7 +61,14 @@ def select_topk(scores: Tensor, budget: int, forced: int, own: Tensor) -> Tensor
     scores = scores.float() if scores.dtype == torch.float64 else scores
     scores = F.pad(scores, (0, -N % ROW_ALIGNMENT), value=-torch.inf).contiguous()
     indices = torch.empty(B, H, rows, budget, dtype=torch.int32, device=scores.device)
-    launch_select(scores.view(-1, scores.shape[-1]), indices.view(-1, budget), OwnTokens(own), rows=rows, N=N, forced=forced)
+    launch_select(
+        scores.view(-1, scores.shape[-1]),
+        indices.view(-1, budget),
+        OwnTokens(own),
+        rows=rows,
+        N=N,
+        forced=forced,
+    )
     return indices
 
 

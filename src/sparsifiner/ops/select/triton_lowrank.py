@@ -114,7 +114,7 @@ def lowrank_coefficients(
     }
     sums = torch.empty(B * H, parts, K, d, dtype=torch.float32, device=q.device)
     shares = sums.new_empty(parts, K)
-    # 16-bit keys are whole in TF32, so three products with parts of the fp32 weights are as good as fp32 ones
+    # 16-bit keys are whole in TF32: three products with parts of fp32 weights are as good as fp32 ones
     precision = "ieee" if k.dtype == torch.float32 else "tf32x3"
     sum_keys_kernel[(parts, B * H)](
         *(k, weights.down.contiguous(), sums, shares, *k.stride()[:3], H, N, K, _SUMMED_KEYS),
@@ -158,12 +158,14 @@ def sum_keys_kernel(
         token = start + tl.arange(0, BLOCK_N)
         mask = (token < N)[:, None] & (dim < HEAD_DIM)[None, :]
         at = token.to(tl.int64)[:, None] * k_token + dim[None, :]
-        key = tl.load(k + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
+        key = tl.load(k + at, mask=mask, other=0.0)  # [BLOCK_N, BLOCK_D]
         at = token[None, :] * K + base[:, None]
         mask = (token < N)[None, :] & (base < K)[:, None]
-        weight = tl.load(down + at, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_BASIS, BLOCK_N]
+        weight = tl.load(down + at, mask=mask, other=0.0)  # [BLOCK_BASIS, BLOCK_N]
+        share += tl.sum(weight.to(tl.float32), 1)
+        if weight.dtype != key.dtype:
+            weight, key = weight.to(tl.float32), key.to(tl.float32)
         total = tl.dot(weight, key, acc=total, input_precision=PRECISION)
-        share += tl.sum(weight, 1)
     at = ((pair * tl.num_programs(0) + part) * K + base[:, None]) * HEAD_DIM + dim[None, :]
     tl.store(sums + at, total, mask=(base < K)[:, None] & (dim < HEAD_DIM)[None, :])
     if pair == 0:

@@ -9,8 +9,9 @@ from sparsifiner.layout import TokenLayout
 from sparsifiner.ops.select.triton_backend import ROW_ALIGNMENT, OwnTokens, launch_select
 from sparsifiner.ops.triton_means import square_means
 
-# Scores that exist at once: these bytes or those of q, since the output, which comes later, needs as many.
+# Bytes of scores that exist at once: these, or about those of q, which the output needs later anyway.
 _SCRATCH_BYTES = 6 * 2**20
+_SCRATCH_SHARE = 9 / 8
 
 
 def select_pooled(
@@ -46,8 +47,8 @@ def select_pooled(
     stride = triton.cdiv(N, ROW_ALIGNMENT) * ROW_ALIGNMENT
     dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
     chunk = max(1, scratch_rows(q.numel() * q.element_size(), stride * dtype.itemsize))
-    # whole heads where they fit, else parts of one
-    heads = max(1, chunk // rows)
+    # whole heads where they fit, else parts of one; alike in size, since small launches leave the GPU idle
+    heads = triton.cdiv(pairs, triton.cdiv(pairs, max(1, chunk // rows)))
     part = triton.cdiv(rows, triton.cdiv(rows, chunk))
     own = OwnTokens(layout=layout, side=tile)
     scratch = torch.empty(min(heads, pairs) * part, stride, dtype=dtype, device=q.device)
@@ -75,7 +76,7 @@ def select_pooled(
 
 def scratch_rows(query_bytes: int, row_bytes: int) -> int:
     """Rows of scores that exist at once."""
-    return max(query_bytes, _SCRATCH_BYTES) // row_bytes
+    return int(max(_SCRATCH_SHARE * query_bytes, _SCRATCH_BYTES)) // row_bytes
 
 
 @triton.jit

@@ -1,0 +1,82 @@
+"""Lists that several layers share: one layer scores, those behind it attend by the same lists."""
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsifiner.connectivity import Connectivity
+from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
+
+
+class SharedLists:
+    """Key lists on their way from the layer that scores to those that share them, per thread."""
+
+    def __init__(self) -> None:
+        self._call = threading.local()
+
+    def put(self, connectivity: Connectivity | None) -> None:
+        """Holds lists for the layers behind; None lets them go."""
+        self._call.connectivity = connectivity
+
+    def get(self) -> Connectivity:
+        """The lists of this thread's call.
+
+        Raises:
+            RuntimeError: no layer in front has scored in this call.
+        """
+        connectivity = getattr(self._call, "connectivity", None)
+        if connectivity is None:
+            raise RuntimeError(
+                "the layer that scores for this one has not been called before it; call the whole model, and "
+                "do not combine share with gradient checkpointing, which calls later layers first"
+            )
+        assert isinstance(connectivity, Connectivity)
+        return connectivity
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: a thread-local note neither copies nor pickles."""
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores it with no lists noted."""
+        self._call = threading.local()
+
+
+class BorrowingScorer(Scorer):
+    """Takes the lists of an earlier layer and has no parameters.
+
+    Args:
+        lists: where they are.
+        is_last: whether no layer behind wants them.
+    """
+
+    def __init__(self, lists: SharedLists, is_last: bool) -> None:
+        super().__init__()
+        self.lists = lists
+        self.is_last = is_last
+
+    def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
+        """See `Scorer.row_scores`.
+
+        Raises:
+            TypeError: there are no scores here.
+        """
+        raise TypeError("this layer shares the lists of an earlier one and has no scores of its own")
+
+    @torch.no_grad()
+    def forward(self, q: Tensor, k: Tensor, spec: ListSpec) -> Connectivity:
+        """See `Scorer.forward`: the lists that are there."""
+        connectivity = self.lists.get()
+        if self.is_last:
+            self.lists.put(None)
+        return connectivity
+
+    def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
+        """See `Scorer.macs`."""
+        return 0
+
+    def extra_repr(self) -> str:
+        """Place in the group."""
+        return f"is_last={self.is_last}"
