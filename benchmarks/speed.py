@@ -49,8 +49,13 @@ GPU_TILES = OpsBenchmark(
     grid=[32, 64, 128], batch_size=[32, 8, 2], keep=[0.1, 0.1, 0.05], backend="triton", device="cuda"
 )
 GPU_ONE = replace(GPU_TILES, grid=64, batch_size=8, keep=0.1)
-GPU_MODEL = ModelBenchmark(img_size=[1024, 2048], batch_size=[8, 2], device="cuda", latency=False)
+GPU_PER_QUERY = replace(
+    GPU_TILES, grid=[16, 24, 32], batch_size=[128, 64, 32], prefix=1, tile=1, summary="none", scorer="lowrank"
+)
+GPU_MODEL = ModelBenchmark(img_size=1024, batch_size=8, device="cuda", latency=False)
+GPU_LARGE = replace(GPU_MODEL, img_size=2048, batch_size=2)
 GPU_TILED = replace(TILED, backend="triton")
+GPU_SPARSER = replace(GPU_TILED, keep=0.05)
 
 TABLES: dict[str, dict[str, Work]] = {
     "cpu": {
@@ -66,13 +71,20 @@ TABLES: dict[str, dict[str, Work]] = {
     },
     "gpu": {
         "op, tiles": GPU_TILES,
+        "op, tiles, lists for two layers": replace(GPU_TILES, share=2),
         "op, tiles, low-rank": replace(GPU_ONE, scorer="lowrank"),
         "op, tiles, backward": replace(GPU_ONE, backward=True),
+        "op, tiles, low-rank, lists for two layers": replace(GPU_ONE, scorer="lowrank", share=2),
         "DeiT-S, tiles": (GPU_MODEL, GPU_TILED),
-        "DeiT-S, tiles, training": (
-            replace(GPU_MODEL, img_size=1024, batch_size=8, train=True),
-            GPU_TILED,
-        ),
+        "DeiT-S, tiles, 2048 px": (GPU_LARGE, GPU_SPARSER),
+        "DeiT-S, tiles, training": (replace(GPU_MODEL, train=True), GPU_TILED),
+        "DeiT-S, tiles, lists for two layers": (GPU_MODEL, replace(GPU_TILED, share=2)),
+        "DeiT-S, tiles, 2048 px, lists for two layers": (GPU_LARGE, replace(GPU_SPARSER, share=2)),
+        **{
+            f"op, per query, {how}, keep {keep:g}": replace(GPU_PER_QUERY, backend=backend, keep=keep)
+            for keep in (0.1, 0.05, 0.25)
+            for how, backend in (("packed", "triton"), ("masked", "torch"))
+        },
     },
 }
 
