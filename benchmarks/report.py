@@ -41,7 +41,7 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def training_free() -> str:
-    rows = load("training_free", "teacher", "scorer", "tile", "keep", "summary")
+    rows = load("training_free", "teacher", "scorer", "tile", "keep", "summary", "share")
     body = []
     for row in rows:
         against = row["against_dense"]
@@ -49,6 +49,7 @@ def training_free() -> str:
             str(row["tokens"]),
             row["scorer"],
             str(row["tile"]),
+            str(row.get("share", 1)),
             f"{row['keep']:g}",
             "none" if row["summary"] is None else f"{row['summary']}x{row['summary']}",
             f"{100 * row['key_visits']:.1f} %",
@@ -61,6 +62,7 @@ def training_free() -> str:
         "N",
         "scorer",
         "tile",
+        "share",
         "keep",
         "summaries",
         "key visits",
@@ -226,6 +228,39 @@ def speed(table_name: str, title: str, text: str) -> str:
 """
 
 
+def gpu_kernels() -> str:
+    """What bounds each kernel of one operation, forward and backward."""
+    if not (RESULTS / "gpu_kernels.json").exists():
+        return ""
+    rows = load("gpu_kernels", "tokens", "kernel")
+    body = []
+    for row in rows:
+        if row["kernel"] == "rest":
+            continue
+        by_bandwidth = row["share_of_bandwidth"] >= row["share_of_rate"]
+        body.append([
+            f"{row['tokens']:,}",
+            row["kernel"].removesuffix("_kernel"),
+            figures(row["milliseconds"]),
+            f"{figures(row['floor_milliseconds'])} ({'memory' if by_bandwidth else 'products'})",
+            f"{row['share_of_bandwidth']:.0%}",
+            f"{row['share_of_rate']:.0%}",
+            f"{row['sent_per_second'] / 1e12:.1f} TB/s",
+        ])  # fmt: skip
+    header = ["N", "kernel", "ms", "floor, ms", "of device memory", "of products", "asked of L2"]
+    return f"""## What bounds the GPU kernels
+
+One operation (heads 6, head dim 64, bf16, tile 8, 8x8 summaries), kernel by kernel. The floor is the time
+that its bytes through device memory, or its products, take at rates measured in the same run. Selection is
+far from both: its time is the instructions of its search. Attention is bound by what gathered keys and
+values ask of the L2 cache. Backward adds gradients of keys up by atomics, which the L2 cache does.
+
+`python benchmarks/gpu_kernels.py` ({source_of(rows)})
+
+{table(header, body)}
+"""
+
+
 def performance() -> str:
     sections = [
         PERFORMANCE_HEADER,
@@ -239,8 +274,10 @@ def performance() -> str:
             "gpu",
             "On a GPU",
             'Triton kernels (`backend="triton"`), replayed as CUDA graphs, caches overwritten before each\n'
-            "measurement. Memory is what an operation needs beyond its inputs, its result and its lists.",
+            "measurement. Memory is what an operation needs beyond its inputs, its result and its lists.\n"
+            '"Lists for two layers" is the mean over two layers with `share=2`.',
         ),
+        gpu_kernels(),
     ]
     return "\n".join(sections)
 

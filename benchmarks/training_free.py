@@ -32,6 +32,7 @@ SETTINGS = {
     "vit_tiny_patch2_64": [
         {"scorer": "pooled", "tile": 8, "keep": 0.05, "summary": None},
         {"scorer": "pooled", "tile": 8, "keep": 0.05, "summary": 4},
+        {"scorer": "pooled", "tile": 8, "keep": 0.05, "summary": 4, "share": 2},
         {"scorer": "random", "tile": 8, "keep": 0.05, "summary": 4},
     ],
 }

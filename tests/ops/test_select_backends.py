@@ -148,14 +148,15 @@ def test_pooled_scores_and_their_selection(
     q, k, _ = make_qkv(layout, head_dim=head_dim, batch=2, dtype=dtype, device=DEVICE)
     q[1, 1, -1] = torch.nan
     own = layout.square_tokens(tile, q.device)
-    exact = layout.square_means(q[:, :, prefix:].double(), tile) @ k.double().mT
+    exact = layout.square_means(q[:, :, prefix:].double(), tile) @ k[:, :, prefix:].double().mT
     scores = torch.full_like(exact, torch.nan, dtype=torch.float32)
     indices = triton_pooled.select_pooled(q, k, layout, tile, budget, prefix, scores)
     # 16-bit inputs give means in their own dtype and scores in bf16
     eps = 1e-6 if dtype == torch.float32 else torch.finfo(torch.bfloat16).eps
     assert torch.equal(scores.isnan(), exact.isnan())
     assert (scores - exact).nan_to_num().abs().max() <= eps * exact.nan_to_num().abs().max()
-    expected = select_topk(scores, budget, forced=prefix, own=own, backend="reference")
+    every = torch.nn.functional.pad(scores, (prefix, 0))
+    expected = select_topk(every, budget, forced=prefix, own=own, backend="reference")
     assert torch.equal(indices, expected)
 
 

@@ -12,7 +12,7 @@ from sparsifiner.ops.backend import HAS_TRITON
 from sparsifiner.ops.select import cpu_backend as cpu_select
 from sparsifiner.ops.sparse_attention import cpu_backend as cpu_attention
 
-# Keys that the fused low-rank selection takes: a row of scores must fit in the registers of a program.
+# Keys, forced ones aside, that the fused low-rank selection takes: a program holds a row of scores.
 LOWRANK_TOKENS = 16_384
 LARGEST_HEAD_DIM = 128
 # Basis size times head dim, and reduced head dim, that the fused low-rank selection holds in registers.

@@ -140,7 +140,7 @@ class LowRankScorer(Scorer):
         if backend == "cpu":  # has no limits of size
             return self._cpu_lists(q, k, spec)
         layout = spec.layout
-        if library.why_no_kernel(backend, q) or layout.tokens > library.LOWRANK_TOKENS:
+        if library.why_no_kernel(backend, q) or layout.tokens - spec.forced > library.LOWRANK_TOKENS:
             return None
         if self.up.shape[1] * q.shape[-1] > library.LARGEST_LOWRANK_BASIS:
             return None

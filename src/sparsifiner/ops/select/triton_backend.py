@@ -14,7 +14,7 @@ from sparsifiner.layout import TokenLayout
 # Scores that a program holds in registers; rows of more keys are read anew at every step.
 LARGEST_BLOCK = 16_384
 # Elements to whose multiples rows are padded.
-ROW_ALIGNMENT = 16
+_ALIGNMENT = 16
 # Bits of a word.
 _WORD = 32
 # Short rows share a program, so that their reductions overlap.
@@ -57,19 +57,21 @@ def select_topk(scores: Tensor, budget: int, forced: int, own: Tensor) -> Tensor
     Returns:
         int32 [B, H, rows, k], ascending, -1 last.
     """
-    B, H, rows, N = scores.shape
-    scores = scores.float() if scores.dtype == torch.float64 else scores
-    scores = F.pad(scores, (0, -N % ROW_ALIGNMENT), value=-torch.inf).contiguous()
+    B, H, rows, _ = scores.shape
+    candidates = scores[..., forced:]
+    N = candidates.shape[-1]
+    candidates = candidates.float() if scores.dtype == torch.float64 else candidates
+    stride = padded_length(N)
+    flat = F.pad(candidates, (0, stride - N), value=-torch.inf).reshape(B * H * rows, stride)
     indices = torch.empty(B, H, rows, budget, dtype=torch.int32, device=scores.device)
-    launch_select(
-        scores.view(-1, scores.shape[-1]),
-        indices.view(-1, budget),
-        OwnTokens(own),
-        rows=rows,
-        N=N,
-        forced=forced,
-    )
+    listed = indices.view(B * H * rows, budget)
+    launch_select(flat, listed, OwnTokens(own), rows=rows, N=N, forced=forced)
     return indices
+
+
+def padded_length(N: int) -> int:
+    """Length of a row of N scores that is read in whole vectors."""
+    return max(1, triton.cdiv(N, _ALIGNMENT)) * _ALIGNMENT
 
 
 def launch_select(
@@ -85,32 +87,33 @@ def launch_select(
     """Selects from the first `len(indices)` rows of `scores`.
 
     Args:
-        scores: fp32, bf16 or fp16 [at least R, at least N], rows contiguous; -inf beyond N.
+        scores: fp32, bf16 or fp16 [at least R, at least N], of all keys but the first `forced`; rows
+            contiguous, -inf beyond N.
         indices: int32 [R, k], written.
         own: of every row of a head.
         rows: rows of a head; row r of `scores` is row (first_row + r) % rows of its head.
-        N: number of keys.
-        forced: the first keys, in every list.
+        N: number of scores of a row.
+        forced: keys before those that have scores, in every list.
         first_row: see `rows`.
     """
     total, budget = indices.shape
     if not total:
         return
-    block = program_shape(N, budget, own)["BLOCK"]
     arguments = (scores, indices, *own.arguments(), total, first_row, rows, N, scores.stride(0))
     shape = program_shape(N, budget, own) | {"EMPTY_BITS": _EMPTY_BITS[scores.dtype]}
-    if block > LARGEST_BLOCK:
+    if shape["BLOCK"] > LARGEST_BLOCK:
         shape = {**shape, "BLOCK": LARGEST_BLOCK, "num_warps": 16}
         del shape["ROWS"]
         select_long_kernel[(total,)](*arguments, budget, forced, **shape)
     else:
         grid = (triton.cdiv(total, shape["ROWS"]),)
-        select_kernel[grid](*arguments, budget, forced, normal_quantile(N, budget), **shape)
+        select_kernel[grid](*arguments, budget, forced, normal_quantile(N, budget - forced), **shape)
 
 
 def normal_quantile(N: int, budget: int) -> float:
     """How many standard deviations above the mean the best `budget` of N normal scores begin."""
-    return NormalDist().inv_cdf(min(max(1 - budget / N, 0.5 / N), 1 - 0.5 / N))
+    rank = min(max(budget, 0.5), N - 0.5)
+    return NormalDist().inv_cdf(1 - rank / N) if N > 1 else 0.0
 
 
 def program_shape(N: int, budget: int, own: OwnTokens) -> dict[str, int]:
@@ -125,12 +128,6 @@ def program_shape(N: int, budget: int, own: OwnTokens) -> dict[str, int]:
         # 32 scores a thread, so that several programs fit on a multiprocessor
         "num_warps": max(2, min(16, rows * block // 1024)),
     }
-
-
-@triton.jit
-def comparable(score, key, forced):
-    """Scores that compare as the selection wants: NaN as -inf, forced keys as +inf."""
-    return tl.where(key < forced, float("inf"), tl.maximum(score, -float("inf")))
 
 
 @triton.jit
@@ -157,8 +154,9 @@ def _lowest(EMPTY_BITS: tl.constexpr):
 def _first_thresholds(score, N, quantile, low, high, EMPTY_BITS: tl.constexpr):
     """Codes below and above the place where the selection would begin if scores were normally distributed."""
     finite = tl.where(tl.abs(score) < float("inf"), score, 0.0)
-    mean = tl.sum(finite, 1) / N
-    deviation = tl.sqrt(tl.maximum(tl.sum(finite * finite, 1) / N - mean * mean, 0.0))
+    count = tl.maximum(N, 1)
+    mean = tl.sum(finite, 1) / count
+    deviation = tl.sqrt(tl.maximum(tl.sum(finite * finite, 1) / count - mean * mean, 0.0))
     lower = mean + (quantile - _MARGIN) * deviation
     upper = mean + (quantile + _MARGIN) * deviation
     # sums beyond what fp32 holds tell nothing
@@ -191,13 +189,13 @@ def _clip(first, second, low, high):
 
 @triton.jit
 def _write_row_end(
-    indices, row, taken, is_row, own, m, GRID_H, GRID_W, PREFIX, k, forced,
+    indices, row, taken, is_row, own, m, GRID_H, GRID_W, PREFIX, k,
     OWN_SIDE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Fills the slots behind `taken` keys: with own tokens where only forced keys are there, else -1."""
+    """Fills the slots behind `taken` keys: with own tokens where there is no key, else -1."""
     slot = tl.arange(0, BLOCK_K)[None, :]
     place = slot - taken[:, None]
-    empty = (taken == forced)[:, None] & (place >= 0)
+    empty = (taken == 0)[:, None] & (place >= 0)
     if OWN_SIDE > 0:
         columns = tl.cdiv(GRID_W, OWN_SIDE)
         top, left = row // columns * OWN_SIDE, row % columns * OWN_SIDE
@@ -230,21 +228,22 @@ def _ones(words):
 
 @triton.jit
 def write_lists(
-    score,  # fp32 [ROWS, BLOCK], `comparable`, -inf beyond N
-    key,  # [1, BLOCK]
-    indices,  # [ROWS] pointers
+    score,  # fp32 [ROWS, BLOCK], -inf beyond N
+    indices,  # [ROWS] pointers to the slots of N keys with scores
     row,  # [ROWS], in its head
     is_row,  # [ROWS]
-    own, m, GRID_H, GRID_W, PREFIX, N, k, forced, quantile,
+    own, m, GRID_H, GRID_W, PREFIX, N, k, first_key, quantile,
     EMPTY_BITS: tl.constexpr,
     OWN_SIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Finds the k-th largest score of each row and writes every key above it, in order.
+    """Finds the k-th largest of N scores of each row and writes every key above it, in order.
 
-    A key equal to the threshold is taken while there is room, lowest index first. The search counts at two
-    thresholds a step. It ends where exactly k keys reach one, at the latest when it is exact.
+    Keys are numbered from `first_key`. NaN counts as -inf, which is never selected. A key equal to the
+    threshold is taken while there is room, lowest index first. The search counts at two thresholds a step.
+    It ends where exactly k keys reach one, at the latest when it is exact.
     """
+    score = tl.maximum(score, -float("inf"))
     # reached keys have codes of at least low, beyond ones more than high
     low = tl.full([score.shape[0]], _lowest(EMPTY_BITS), tl.int32)
     high = tl.maximum(_code(tl.max(score, 1), EMPTY_BITS), low)
@@ -276,7 +275,7 @@ def write_lists(
     before = tl.cumsum(counts, 1) - counts
     room_left = tl.maximum(room - (before >> 16), 0)
     slot = (before & 0xFFFF) + tl.minimum(before >> 16, room)
-    first_key = tl.arange(0, above.shape[1])[None, :] * 32
+    key = first_key + tl.arange(0, above.shape[1])[None, :] * 32
     bits = (above | equal) & tl.where(is_row, -1, 0)[:, None]
     for _ in range(tl.max(tl.max(of_above + of_equal, 1), 0)):
         lowest = bits & -bits
@@ -284,15 +283,13 @@ def write_lists(
         keep = (bits != 0) & ((room_left > 0) | (is_equal == 0))
         # the exponent of a power of two
         place = (lowest.to(tl.uint32, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-        tl.store(indices[:, None] + slot, first_key + place, mask=keep)
+        tl.store(indices[:, None] + slot, key + place, mask=keep)
         slot += keep.to(tl.int32)
         room_left -= is_equal.to(tl.int32)
         bits = bits ^ lowest
     taken = tl.max(slot, 1)
     if tl.min(tl.where(is_row, taken, k), 0) < k:
-        _write_row_end(
-            indices, row, taken, is_row, own, m, GRID_H, GRID_W, PREFIX, k, forced, OWN_SIDE, BLOCK_K
-        )
+        _write_row_end(indices, row, taken, is_row, own, m, GRID_H, GRID_W, PREFIX, k, OWN_SIDE, BLOCK_K)
 
 
 @triton.jit
@@ -313,13 +310,21 @@ def select_kernel(
     key = tl.arange(0, BLOCK)[None, :]
     # rows are read up to the stride, in whole vectors where it is aligned
     mask = is_row[:, None] & (key < stride)
-    score = tl.load(scores + row[:, None] * stride + key, mask=mask, other=-float("inf"))
-    score = comparable(score.to(tl.float32), key, forced)
+    score = tl.load(scores + row[:, None] * stride + key, mask=mask, other=-float("inf")).to(tl.float32)
     own_row = ((first_row + row) % rows).to(tl.int32)
+    indices += row * k
+    write_forced(indices, is_row, forced)
     write_lists(
-        score, key, indices + row * k, own_row, is_row,
-        own, m, GRID_H, GRID_W, PREFIX, N, k, forced, quantile, EMPTY_BITS, OWN_SIDE, BLOCK_K,
+        score, indices + forced, own_row, is_row,
+        own, m, GRID_H, GRID_W, PREFIX, N, k - forced, forced, quantile, EMPTY_BITS, OWN_SIDE, BLOCK_K,
     )  # fmt: skip
+
+
+@triton.jit
+def write_forced(indices, is_row, forced):
+    """The first slots of every row hold the first keys."""
+    for key in range(forced):
+        tl.store(indices + key, key, mask=is_row)
 
 
 @triton.jit
@@ -337,6 +342,7 @@ def select_long_kernel(
     row = tl.program_id(0).to(tl.int64)
     scores += row * stride
     indices += row * k
+    k -= forced
     block = tl.arange(0, BLOCK)
 
     code = tl.full([], -(1 << (31 - EMPTY_BITS)), tl.int32)
@@ -344,38 +350,40 @@ def select_long_kernel(
     for bit in range(31 - EMPTY_BITS, -1, -1):
         count = tl.zeros([], tl.int32)
         for start in range(0, N, BLOCK):
-            score = _load_block(scores, start + block, N, forced)
-            count += tl.sum((_code(score, EMPTY_BITS) >= candidate).to(tl.int32), 0)
+            count += tl.sum(
+                (_code(_load_block(scores, start + block, N), EMPTY_BITS) >= candidate).to(tl.int32), 0
+            )
         code = tl.where(count >= k, candidate, code)
         candidate = code + (1 << tl.maximum(bit - 1, 0))
     threshold = _value(tl.maximum(code, _lowest(EMPTY_BITS)), EMPTY_BITS)
 
     above = tl.zeros([], tl.int32)
     for start in range(0, N, BLOCK):
-        above += tl.sum((_load_block(scores, start + block, N, forced) > threshold).to(tl.int32), 0)
+        above += tl.sum((_load_block(scores, start + block, N) > threshold).to(tl.int32), 0)
     room = k - above
 
     taken = tl.zeros([1], tl.int32)
     equals = tl.zeros([1], tl.int32)
     for start in range(0, N, BLOCK):
-        key = start + block
-        score = _load_block(scores, key, N, forced)
+        score = _load_block(scores, start + block, N)
         equal = (score == threshold) & (score > -float("inf"))
         counts = tl.cumsum((score > threshold).to(tl.int32) + (equal.to(tl.int32) << 16), 0)
         equals_before = equals + (counts >> 16)
         place = taken + (counts & 0xFFFF) + tl.minimum(equals_before, room) - tl.minimum(equals, room)
         keep = (score > threshold) | (equal & (equals_before <= room))
-        tl.store(indices + place - 1, key, mask=keep)
+        tl.store(indices + forced + place - 1, forced + start + block, mask=keep)
         taken += tl.sum(keep.to(tl.int32), 0)
         equals += tl.sum(equal.to(tl.int32), 0)
     own_row = ((first_row + row) % rows).to(tl.int32) + tl.zeros_like(taken)
+    indices += tl.zeros([1], tl.int64)
+    write_forced(indices, taken >= 0, forced)
     _write_row_end(
-        indices + tl.zeros([1], tl.int64), own_row, taken, taken >= 0,
-        own, m, GRID_H, GRID_W, PREFIX, k, forced, OWN_SIDE, BLOCK_K,
+        indices + forced, own_row, taken, taken >= 0,
+        own, m, GRID_H, GRID_W, PREFIX, k, OWN_SIDE, BLOCK_K,
     )  # fmt: skip
 
 
 @triton.jit
-def _load_block(scores, key, N, forced):
+def _load_block(scores, key, N):
     score = tl.load(scores + key, mask=key < N, other=-float("inf")).to(tl.float32)
-    return tl.where(key < N, comparable(score, key, forced), -float("inf"))
+    return tl.maximum(score, -float("inf"))

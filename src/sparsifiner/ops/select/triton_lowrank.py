@@ -10,11 +10,11 @@ from torch import Tensor
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops.select.triton_backend import (
     LARGEST_BLOCK,
-    ROW_ALIGNMENT,
     OwnTokens,
-    comparable,
     normal_quantile,
+    padded_length,
     program_shape,
+    write_forced,
     write_lists,
 )
 from sparsifiner.ops.triton_means import square_means
@@ -64,31 +64,30 @@ def select_lowrank(
         q: [B, H, N, d] queries, fp32, bf16 or fp16; strided views will do.
         k: [B, H, N, d] keys.
         weights: the predictor's.
-        layout: where the tokens lie; N at most `LARGEST_BLOCK`.
+        layout: where the tokens lie; N - forced at most `LARGEST_BLOCK`.
         tile: side of a tile in patches.
         temperature: factor of the coefficients' logits.
         coef_topk: coefficients of a row that are kept.
         budget: list length.
         forced: the first keys, in every list.
-        scores: fp32 [B, H, rows, N] to write the scores to, for tests.
+        scores: fp32 [B, H, rows, N - forced] to write the scores of the other keys to, for tests.
 
     Returns:
         int32 [B, H, rows, budget], ascending, -1 last.
     """
     B, H, N, _ = q.shape
-    assert triton.next_power_of_2(N) <= LARGEST_BLOCK
     coefficients = lowrank_coefficients(q, k, weights, layout, tile, temperature)
     K, rows = coefficients.shape[-1], layout.squares(tile)
     own = OwnTokens(layout=layout, side=tile)
-    # aligned rows are read in whole vectors
-    stride = triton.cdiv(N, ROW_ALIGNMENT) * ROW_ALIGNMENT
-    basis = weights.basis.new_empty(K, stride)
-    basis[:, :N] = weights.basis
+    N -= forced
+    assert N <= LARGEST_BLOCK
+    basis = weights.basis.new_empty(K, padded_length(N))
+    basis[:, :N] = weights.basis[:, forced:]
     indices = torch.empty(B, H, rows, budget, dtype=torch.int32, device=q.device)
     shape = program_shape(N, budget, own)
     select_lowrank_kernel[(triton.cdiv(B * H * rows, shape["ROWS"]),)](
         *(coefficients, basis, indices, scores, *own.arguments()),
-        *(B * H * rows, rows, N, K, stride, budget, forced, normal_quantile(N, budget)),
+        *(B * H * rows, rows, N, K, basis.stride(0), budget, forced, normal_quantile(N, budget - forced)),
         KEPT=coef_topk,
         BLOCK_BASIS=triton.next_power_of_2(K),
         WRITE_SCORES=scores is not None,
@@ -224,9 +223,9 @@ def coefficients_kernel(
 @triton.jit
 def select_lowrank_kernel(
     coefficients,  # fp32 [B * H * rows, K]
-    basis,  # [K, stride]
+    basis,  # [K, stride], of all keys but the first `forced`
     indices,  # [B * H * rows, k]
-    scores,  # fp32 [B * H * rows, N] or None
+    scores,  # fp32 [B * H * rows, N], or None
     own,  # None
     m, GRID_H, GRID_W, PREFIX, total, rows, N, K, stride, k, forced, quantile,
     KEPT: tl.constexpr,
@@ -253,9 +252,11 @@ def select_lowrank_kernel(
         weight = tl.where(base == at[:, None], -1.0, weight)
     if WRITE_SCORES:
         tl.store(scores + row[:, None] * N + key, score, mask=is_row[:, None] & (key < N))
-    score = tl.where(key < N, comparable(score, key, forced), -float("inf"))
+    score = tl.where(key < N, score, -float("inf"))
     own_row = (row % rows).to(tl.int32)
+    indices += row * k
+    write_forced(indices, is_row, forced)
     write_lists(
-        score, key, indices + row * k, own_row, is_row,
-        own, m, GRID_H, GRID_W, PREFIX, N, k, forced, quantile, 0, OWN_SIDE, BLOCK_K,
+        score, indices + forced, own_row, is_row,
+        own, m, GRID_H, GRID_W, PREFIX, N, k - forced, forced, quantile, 0, OWN_SIDE, BLOCK_K,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsifiner.layout import TokenLayout
-from sparsifiner.ops.select.triton_backend import ROW_ALIGNMENT, OwnTokens, launch_select
+from sparsifiner.ops.select.triton_backend import OwnTokens, launch_select, padded_length
 from sparsifiner.ops.triton_means import square_means
 
 # Bytes of scores that exist at once: these, or about those of q, which the output needs later anyway.
@@ -34,17 +34,19 @@ def select_pooled(
         tile: side of a tile in patches.
         budget: list length.
         forced: the first keys, in every list.
-        scores: [B, H, rows, N] to write the scores to, for tests.
+        scores: [B, H, rows, N - forced] to write the scores of the other keys to, for tests.
 
     Returns:
         int32 [B, H, rows, budget], ascending, -1 last.
     """
-    B, H, N, d = q.shape
+    B, H, _, d = q.shape
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    k = k[:, :, forced:]
+    N = k.shape[2]
     rows, pairs = layout.squares(tile), B * H
     mean_q = square_means(q, layout, tile)[0]
     indices = torch.empty(B, H, rows, budget, dtype=torch.int32, device=q.device)
-    stride = triton.cdiv(N, ROW_ALIGNMENT) * ROW_ALIGNMENT
+    stride = padded_length(N)
     dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
     chunk = max(1, scratch_rows(q.numel() * q.element_size(), stride * dtype.itemsize))
     # whole heads where they fit, else parts of one; alike in size, since small launches leave the GPU idle
