@@ -61,6 +61,7 @@ TABLES: dict[str, dict[str, Work]] = {
     "cpu": {
         "op, per query": PER_QUERY,
         "op, per query, bf16": replace(PER_QUERY, dtype="bf16"),
+        "op, per query, bf16, lists for two layers": replace(PER_QUERY, dtype="bf16", share=2),
         "op, tiles": TILES,
         "op, tiles, bf16": replace(TILES, dtype="bf16"),
         "op, tiles, torch operations": replace(TILES, backend="torch"),

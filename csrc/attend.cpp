@@ -9,18 +9,18 @@ namespace {
 // Heads of this many bytes of keys and values are worked on at once.
 constexpr int64_t GROUP_BYTES = 8 << 20;
 
-template <class Element>
-void pack_row(const Place& at, int64_t token) {
+template <class Element, class Stored>
+void pack_row(const Place<Stored>& at, int64_t token) {
     const int64_t size = at.a.head_dim, to = token * size;
     copy_row(at.packed.keys + to, row_of<const Element>(at.a.k, at.batch, at.head, token), size);
     copy_row(at.packed.values + to, row_of<const Element>(at.a.v, at.batch, at.head, token), size);
 }
 
 // The mean of a window's rows, rounded as the inputs are.
-template <class Element>
+template <class Element, class Stored>
 void average(
     const SparsifinerAttention& a, const SparsifinerTensor& x, int64_t batch, int64_t head, int64_t window,
-    int64_t count, float* mean) {
+    int64_t count, Stored* mean) {
     const int32_t* tokens = a.window_tokens + window * a.window_size;
     for (int64_t i = 0; i < a.head_dim; i += LANES) {
         Floats sum{};
@@ -31,11 +31,12 @@ void average(
     }
 }
 
-template <class Element>
+// Keys and values are read from rows of `Stored`: as wide as the inputs, or fp32.
+template <class Element, class Stored>
 void attend_as(int threads, const SparsifinerAttention& a) {
     const int64_t pairs = a.batch * a.heads, rows = a.tokens + a.windows;
     const int64_t group = smaller(pairs, 1 + GROUP_BYTES / (8 * rows * a.head_dim));
-    const Buffer<float> packed_keys(group * rows * a.head_dim), packed_values(group * rows * a.head_dim);
+    const Buffer<Stored> packed_keys(group * rows * a.head_dim), packed_values(group * rows * a.head_dim);
     const Buffer<int32_t> every(a.tokens), sizes(a.windows);
     for (int64_t token = 0; token < a.tokens; ++token) every[token] = static_cast<int32_t>(token);
     for (int64_t w = 0; w < a.windows; ++w)
@@ -43,6 +44,7 @@ void attend_as(int threads, const SparsifinerAttention& a) {
 
     const bool single = a.tile_size == 1;
     constexpr bool is_fp32 = sizeof(Element) == sizeof(float);
+    constexpr bool can_tile = sizeof(Stored) == sizeof(float);
     // tiles of fp32 inputs read the inputs themselves, single queries and the prefix read packed rows
     const bool packs = single || a.prefix || !is_fp32;
     const int64_t parts = round_up(a.tile_size, TILE_QUERIES) / TILE_QUERIES;
@@ -56,19 +58,22 @@ void attend_as(int threads, const SparsifinerAttention& a) {
         const auto place = [&](int64_t at) {
             const int64_t batch = (first + at) / a.heads, head = (first + at) % a.heads;
             const int64_t to = at * rows * a.head_dim;
-            const Packed packed{packed_keys + to, packed_values + to};
-            if (!is_fp32)
-                return Place{a, packed, batch, head, packed.keys, packed.values, a.head_dim, a.head_dim};
-            const float* k = row_of<const float>(a.k, batch, head, 0);
-            const float* v = row_of<const float>(a.v, batch, head, 0);
-            return Place{a, packed, batch, head, k, v, a.k.token, a.v.token};
+            const Packed<Stored> packed{packed_keys + to, packed_values + to};
+            if constexpr (is_fp32) {
+                const float* k = row_of<const float>(a.k, batch, head, 0);
+                const float* v = row_of<const float>(a.v, batch, head, 0);
+                return Place<Stored>{a, packed, batch, head, k, v, a.k.token, a.v.token};
+            } else {
+                const int64_t stride = a.head_dim;
+                return Place<Stored>{a, packed, batch, head, packed.keys, packed.values, stride, stride};
+            }
         };
 #pragma omp parallel num_threads(threads)
         {
             const KeyScratch lists(single ? QUERY_BLOCK : 1, longest, a.windows);
             const KeyScratch whole_list(1, a.prefix ? a.tokens : 0, 0);
             const TileScratch tile_scratch(a.head_dim, single ? 0 : longest);
-            const QueryScratch query_scratch(a.head_dim, most_weights);
+            const QueryScratch<Stored> query_scratch(a.head_dim, most_weights);
 #pragma omp for schedule(static) collapse(2)
             for (int64_t at = 0; at < count; ++at)
                 for (int64_t token = 0; token < (packs ? a.tokens : 0); ++token)
@@ -76,7 +81,7 @@ void attend_as(int threads, const SparsifinerAttention& a) {
 #pragma omp for schedule(static) collapse(2)
             for (int64_t at = 0; at < count; ++at)
                 for (int64_t window = 0; window < a.windows; ++window) {
-                    const Place here = place(at);
+                    const Place<Stored> here = place(at);
                     const int64_t to = (a.tokens + window) * a.head_dim;
                     average<Element>(
                         a, a.k, here.batch, here.head, window, sizes[window], here.packed.keys + to);
@@ -86,7 +91,7 @@ void attend_as(int threads, const SparsifinerAttention& a) {
 #pragma omp for schedule(dynamic, 1) collapse(2)
             for (int64_t at = 0; at < count; ++at)
                 for (int64_t task = 0; task < tasks; ++task) {
-                    const Place here = place(at);
+                    const Place<Stored> here = place(at);
                     if (task < a.prefix) {
                         const Keys keys = whole_list.collect(0, a, every, a.tokens, false, sizes);
                         attend_queries<Element>(here, every + task, 1, &keys, query_scratch);
@@ -108,8 +113,9 @@ void attend_as(int threads, const SparsifinerAttention& a) {
                     const int64_t queries = filled(tokens, a.tile_size) - start;
                     if (queries <= 0) continue;
                     const Keys keys = lists.collect(0, a, indices + tile * a.keys, a.keys, true, sizes);
-                    attend_tile<Element>(
-                        here, tokens + start, smaller(queries, TILE_QUERIES), keys, tile_scratch);
+                    if constexpr (can_tile)
+                        attend_tile<Element>(
+                            here, tokens + start, smaller(queries, TILE_QUERIES), keys, tile_scratch);
                 }
         }
     }
@@ -118,7 +124,11 @@ void attend_as(int threads, const SparsifinerAttention& a) {
 }  // namespace
 
 void attend(int threads, const SparsifinerAttention& a) {
-    a.dtype == SPARSIFINER_BF16 ? attend_as<Bfloat16>(threads, a) : attend_as<float>(threads, a);
+    if (a.dtype == SPARSIFINER_FP32) return attend_as<float, float>(threads, a);
+#if defined(__AVX512BF16__)
+    if (a.tile_size == 1) return attend_as<Bfloat16, Bfloat16>(threads, a);
+#endif
+    attend_as<Bfloat16, float>(threads, a);
 }
 
 }  // namespace sparsifiner::SPARSIFINER_ISA

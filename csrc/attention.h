@@ -9,29 +9,31 @@ constexpr float LOG2_E = 1.44269504f;
 // Keys that products may read behind the last one.
 constexpr int SPARE_KEYS = 32;
 
-// Keys and values of one head as fp32 rows without gaps: tokens first, then summaries.
+// Keys and values of one head as rows without gaps: tokens first, then summaries.
+template <class Stored>
 struct Packed {
-    float* keys;
-    float* values;
+    Stored* keys;
+    Stored* values;
 
-    const float* key(int32_t row, int64_t size) const { return keys + row * size; }
-    const float* value(int32_t row, int64_t size) const { return values + row * size; }
+    const Stored* key(int32_t row, int64_t size) const { return keys + row * size; }
+    const Stored* value(int32_t row, int64_t size) const { return values + row * size; }
 };
 
 // The head that is worked on.
+template <class Stored>
 struct Place {
     const SparsifinerAttention& a;
-    Packed packed;
+    Packed<Stored> packed;
     int64_t batch, head;
     // the inputs themselves where they are fp32, else the packed rows
-    const float *keys, *values;
+    const Stored *keys, *values;
     int64_t key_stride, value_stride;
 
     // Tokens of fp32 inputs are read in place, all others and summaries from the packed rows.
-    const float* key(int32_t row) const {
+    const Stored* key(int32_t row) const {
         return row < a.tokens ? keys + row * key_stride : packed.key(row, a.head_dim);
     }
-    const float* value(int32_t row) const {
+    const Stored* value(int32_t row) const {
         return row < a.tokens ? values + row * value_stride : packed.value(row, a.head_dim);
     }
 };

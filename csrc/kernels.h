@@ -7,6 +7,7 @@
 
 #define SPARSIFINER_DECLARE(isa)                                                                            \
     namespace sparsifiner::isa {                                                                            \
+    void coefficients(int threads, const SparsifinerPredictor& predictor);                                  \
     void select_topk(int threads, const SparsifinerLists& lists, const float* scores);                      \
     void select_lowrank(                                                                                    \
         int threads, const SparsifinerLists& lists, const float* coefficients, const float* basis,          \
@@ -16,5 +17,6 @@
 
 SPARSIFINER_DECLARE(avx2)
 SPARSIFINER_DECLARE(avx512)
+SPARSIFINER_DECLARE(avx512_bf16)
 
 #undef SPARSIFINER_DECLARE

@@ -9,12 +9,14 @@
 static_assert(sizeof(SparsifinerLists) == 64);
 static_assert(sizeof(SparsifinerTensor) == 32);
 static_assert(sizeof(SparsifinerAttention) == 248);
+static_assert(sizeof(SparsifinerPredictor) == 184);
 
 // To return without a result would leave memory unwritten.
 #define SPARSIFINER_DISPATCH(isa, call)                                      \
     switch (isa) {                                                           \
         case SPARSIFINER_AVX2: return sparsifiner::avx2::call;               \
         case SPARSIFINER_AVX512: return sparsifiner::avx512::call;           \
+        case SPARSIFINER_AVX512_BF16: return sparsifiner::avx512_bf16::call; \
         default: std::abort();                                               \
     }
 
@@ -25,7 +27,12 @@ int32_t sparsifiner_best_isa() {
     if (!avx2) return SPARSIFINER_NONE;
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx512 ? SPARSIFINER_AVX512 : SPARSIFINER_AVX2;
+    if (!avx512) return SPARSIFINER_AVX2;
+    return __builtin_cpu_supports("avx512bf16") ? SPARSIFINER_AVX512_BF16 : SPARSIFINER_AVX512;
+}
+
+void sparsifiner_coefficients(int32_t isa, int32_t threads, const SparsifinerPredictor* predictor) {
+    SPARSIFINER_DISPATCH(isa, coefficients(threads, *predictor))
 }
 
 void sparsifiner_select_topk(int32_t isa, int32_t threads, const SparsifinerLists* lists, const float* scores) {

@@ -42,10 +42,14 @@ inline Floats load(const Bfloat16* from) {
 
 // To the nearest, ties to even.
 inline void store(Bfloat16* to, Floats x) {
+#if defined(__AVX512BF16__)
+    const __m256bh halves = _mm512_cvtneps_pbh((__m512)x);
+#else
     const Ints bits = (Ints)x;
     const Ints rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
     const Ints quiet = (bits >> 16) | 0x40;
     const Halves halves = __builtin_convertvector(x != x ? quiet : rounded, Halves);
+#endif
     std::memcpy(to, &halves, sizeof halves);
 }
 
@@ -61,9 +65,13 @@ inline Element* row_of(const SparsifinerTensor& x, int64_t batch, int64_t head, 
     return static_cast<Element*>(x.data) + batch * x.batch + head * x.head + token * x.token;
 }
 
-template <class Element>
-inline void copy_row(float* to, const Element* from, int64_t size) {
+template <class Stored, class Element>
+inline void copy_row(Stored* to, const Element* from, int64_t size) {
     for (int64_t i = 0; i < size; i += LANES) store(to + i, load(from + i));
+}
+
+inline void copy_row(Bfloat16* to, const Bfloat16* from, int64_t size) {
+    std::memcpy(to, from, static_cast<std::size_t>(size) * sizeof *to);
 }
 
 }  // namespace sparsifiner::SPARSIFINER_ISA

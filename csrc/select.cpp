@@ -37,29 +37,9 @@ Ints smaller(Ints x, Ints y) { return x < y ? x : y; }
 
 Ints larger(Ints x, Ints y) { return x < y ? y : x; }
 
-// Over all lanes, by halves: shorter chains than lane by lane.
-template <class Vector, class Combine>
-auto reduce(Vector x, Combine combine) {
-    alignas(64) decltype(x[0] + x[0]) lanes[LANES];
-    std::memcpy(lanes, &x, sizeof x);
-#pragma GCC unroll 4
-    for (int half = LANES / 2; half; half /= 2)
-#pragma GCC unroll 8
-        for (int lane = 0; lane < half; ++lane) lanes[lane] = combine(lanes[lane], lanes[lane + half]);
-    return lanes[0];
-}
+int32_t smallest_of(Ints x) { return reduce(x, [](Ints a, Ints b) { return smaller(a, b); }); }
 
-float total_of(Floats x) {
-    return reduce(x, [](float a, float b) { return a + b; });
-}
-
-int32_t smallest_of(Ints x) {
-    return reduce(x, [](int32_t a, int32_t b) { return a < b ? a : b; });
-}
-
-int32_t largest_of(Ints x) {
-    return reduce(x, [](int32_t a, int32_t b) { return a < b ? b : a; });
-}
+int32_t largest_of(Ints x) { return reduce(x, [](Ints a, Ints b) { return larger(a, b); }); }
 
 double share_above(double deviations) { return 0.5 * std::erfc(deviations * 0.70710678118654752); }
 
@@ -213,7 +193,7 @@ void RowSelector::select(int64_t row, const Moments& moments) {
 
 RowSelector::Guess RowSelector::guess_from(const Moments& moments) const {
     float count = static_cast<float>(moments.count);
-    float sum = total_of(moments.sum), squares = total_of(moments.squares);
+    float sum = sum_of(moments.sum), squares = sum_of(moments.squares);
     if (!(squares < INFINITE)) {
         // NaN or an infinity; -0x1p60 .. 0x1p60 have squares
         Moments finite;
@@ -225,8 +205,8 @@ RowSelector::Guess RowSelector::guess_from(const Moments& moments) const {
             counts -= is_finite;
         }
         count = std::fmax(static_cast<float>(sum_of(counts)), 1.0f);
-        sum = total_of(finite.sum);
-        squares = total_of(finite.squares);
+        sum = sum_of(finite.sum);
+        squares = sum_of(finite.squares);
     }
     const float mean = sum / count;
     const float variance = squares / count - mean * mean;

@@ -14,13 +14,41 @@
 extern "C" {
 
 // Instruction sets; each includes those before it.
-enum SparsifinerIsa : int32_t { SPARSIFINER_NONE, SPARSIFINER_AVX2, SPARSIFINER_AVX512 };
+enum SparsifinerIsa : int32_t {
+    SPARSIFINER_NONE,
+    SPARSIFINER_AVX2,
+    SPARSIFINER_AVX512,
+    SPARSIFINER_AVX512_BF16
+};
 
 // Element types of q, k, v and out.
 enum SparsifinerDtype : int32_t { SPARSIFINER_FP32, SPARSIFINER_BF16 };
 
 // The best instruction set of this machine.
 SPARSIFINER_API int32_t sparsifiner_best_isa();
+
+// [B, H, N, d]: strides of the first three axes in elements; d is contiguous.
+struct SparsifinerTensor {
+    void* data;
+    int64_t batch, head, token;
+};
+
+// The low-rank predictor's coefficients softmax(temperature · q' k_downᵀ), with q' = W_q q + b_q and
+// k_down = W_downᵀ (W_k k + b_k).
+struct SparsifinerPredictor {
+    SparsifinerTensor q, k;  // [B, H, rows, d] and [B, H, tokens, d]
+    int32_t query_dtype, key_dtype;
+    int64_t batch, heads, rows, tokens, head_dim;
+    int64_t basis_size, reduced_dim;         // K, c
+    const float* down;                       // [tokens, K]
+    const float *query_weight, *query_bias;  // [c, d], [c]
+    const float *key_weight, *key_bias;      // [c, d], [c]
+    float* coefficients;                     // [B, H, rows, K], written
+    float temperature;
+};
+
+SPARSIFINER_API void sparsifiner_coefficients(
+    int32_t isa, int32_t threads, const SparsifinerPredictor* predictor);
 
 // Lists of the `budget` best keys of each row, exactly; the rules are those of `sparsifiner.ops.select_topk`.
 struct SparsifinerLists {
@@ -42,12 +70,6 @@ SPARSIFINER_API void sparsifiner_select_topk(
 SPARSIFINER_API void sparsifiner_select_lowrank(
     int32_t isa, int32_t threads, const SparsifinerLists* lists, const float* coefficients, const float* basis,
     int64_t basis_size, int64_t kept);
-
-// [B, H, N, d]: strides of the first three axes in elements; d is contiguous.
-struct SparsifinerTensor {
-    void* data;
-    int64_t batch, head, token;
-};
 
 // Attention over lists and summaries; the rules are those of `sparsifiner.ops.sparse_attention`.
 struct SparsifinerAttention {

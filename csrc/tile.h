@@ -23,7 +23,7 @@ struct TileScratch {
 
 template <int Vectors, int Count>
 inline void multiply_block(
-    const float* queries, int64_t stride, const Place& at, const int32_t* rows, float* products) {
+    const float* queries, int64_t stride, const Place<float>& at, const int32_t* rows, float* products) {
     const float* keys[Count];
     for (int j = 0; j < Count; ++j) keys[j] = at.key(rows[j]);
     Floats sums[Count][Vectors] = {};
@@ -46,14 +46,14 @@ inline void multiply_block(
 
 template <int Vectors>
 inline void multiply_columns(
-    const float* queries, int64_t stride, const Place& at, const Keys& keys, float* products) {
+    const float* queries, int64_t stride, const Place<float>& at, const Keys& keys, float* products) {
     constexpr int at_once = SUMS / Vectors;
     for (int64_t j = 0; j < keys.count; j += at_once)
         multiply_block<Vectors, at_once>(queries, stride, at, keys.row + j, products + j * stride);
 }
 
 // Products of keys and queries [d, stride], a whole number of vectors wide: [count, stride].
-inline void multiply(const float* queries, int64_t stride, const Place& at, const Keys& keys, float* products) {
+inline void multiply(const float* queries, int64_t stride, const Place<float>& at, const Keys& keys, float* products) {
     int64_t u = 0;
     for (; u + QUERY_VECTORS * LANES <= stride; u += QUERY_VECTORS * LANES)
         multiply_columns<QUERY_VECTORS>(queries + u, stride, at, keys, products + u);
@@ -82,7 +82,7 @@ inline Floats soften(float* products, int64_t stride, const float* bias, int64_t
 // Weighted sums of values for SUM_QUERIES queries: dims from `offset` on.
 template <int Vectors>
 inline void sum_values(
-    const float* weights, int64_t stride, const Place& at, const Keys& keys, int64_t offset,
+    const float* weights, int64_t stride, const Place<float>& at, const Keys& keys, int64_t offset,
     Floats (&sums)[SUM_QUERIES][Vectors]) {
     Floats total[SUM_QUERIES][Vectors] = {};
     for (int64_t j = 0; j < keys.count; ++j) {
@@ -105,7 +105,7 @@ inline void sum_values(
 
 template <int Vectors, class Element>
 void write_dims(
-    const Place& at, const int32_t* tokens, int64_t queries, const float* weights, int64_t stride,
+    const Place<float>& at, const int32_t* tokens, int64_t queries, const float* weights, int64_t stride,
     const float* inverse, const Keys& keys, int64_t offset) {
     for (int64_t first = 0; first < queries; first += SUM_QUERIES) {
         Floats sums[SUM_QUERIES][Vectors];
@@ -120,7 +120,7 @@ void write_dims(
 // At most TILE_QUERIES queries, by their tokens, over the keys that were collected.
 template <class Element>
 void attend_tile(
-    const Place& at, const int32_t* tokens, int64_t queries, const Keys& keys, const TileScratch& scratch) {
+    const Place<float>& at, const int32_t* tokens, int64_t queries, const Keys& keys, const TileScratch& scratch) {
     const int64_t size = at.a.head_dim, stride = round_up(queries, LANES);
     for (int64_t u = 0; u < stride; u += LANES) {
         const Element* query[LANES];

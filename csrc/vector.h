@@ -55,25 +55,30 @@ inline uint32_t bits_of(Ints comparison) {
 // NaN in the first argument is kept.
 inline Floats larger(Floats x, Floats y) { return x < y ? y : x; }
 
-inline float sum_of(Floats x) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; ++lane) total += x[lane];
-    return total;
+using Lanes = std::make_integer_sequence<int, LANES>;
+
+template <int BY, class Vector, int... Lane>
+inline Vector rotate(Vector x, std::integer_sequence<int, Lane...>) {
+    return __builtin_shufflevector(x, x, ((Lane + BY) % LANES)...);
 }
 
-inline int32_t sum_of(Ints x) {
-    int32_t total = 0;
-    for (int lane = 0; lane < LANES; ++lane) total += x[lane];
-    return total;
+// Over all lanes, by halves: shorter chains than lane by lane.
+template <int HALF = LANES / 2, class Vector, class Combine>
+inline auto reduce(Vector x, Combine combine) {
+    if constexpr (HALF == 0)
+        return x[0];
+    else
+        return reduce<HALF / 2>(combine(x, rotate<HALF>(x, Lanes())), combine);
+}
+
+template <class Vector>
+inline auto sum_of(Vector x) {
+    return reduce(x, [](Vector a, Vector b) { return a + b; });
 }
 
 inline float max_of(Floats x) {
-    float largest = x[0];
-    for (int lane = 1; lane < LANES; ++lane) largest = largest < x[lane] ? x[lane] : largest;
-    return largest;
+    return reduce(x, [](Floats a, Floats b) { return a < b ? b : a; });
 }
-
-using Lanes = std::make_integer_sequence<int, LANES>;
 
 template <int... Lane>
 inline Floats add_neighbours(Floats x, Floats y, std::integer_sequence<int, Lane...>) {

@@ -44,6 +44,7 @@ def test_structures_are_as_large_as_those_of_the_library():
     assert ctypes.sizeof(native.Lists) == 64
     assert ctypes.sizeof(native.NativeTensor) == 32
     assert ctypes.sizeof(native.Attention) == 248
+    assert ctypes.sizeof(native.Predictor) == 184
 
 
 def test_the_library_is_there_or_it_says_why_not():
@@ -97,7 +98,7 @@ class TestMissing:
 class TestInstructions:
     @pytest.mark.parametrize("asked", ["none", "avx2", "avx512"])
     def test_lower_ones_are_taken(self, machine, monkeypatch, asked):
-        machine(Isa.AVX512)
+        machine(Isa.AVX512_BF16)
         monkeypatch.setenv(native.ISA_VARIABLE, asked)
         assert native.best_isa() is Isa[asked.upper()]
 
@@ -115,7 +116,7 @@ class TestInstructions:
     def test_unknown(self, machine, monkeypatch):
         machine(Isa.AVX2)
         monkeypatch.setenv(native.ISA_VARIABLE, "neon")
-        message = "SPARSIFINER_ISA='neon' is unknown; choose one of none, avx2, avx512"
+        message = "SPARSIFINER_ISA='neon' is unknown; choose one of none, avx2, avx512, avx512_bf16"
         with pytest.raises(ValueError, match=message):
             native.best_isa()
 

@@ -1,5 +1,8 @@
 """Native selection against the reference, on every instruction set that this machine has."""
 
+import copy
+import itertools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -7,7 +10,9 @@ from hypothesis import strategies as st
 
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import native, select_topk
+from sparsifiner.ops.select import cpu_backend
 from sparsifiner.scorers import ListSpec
+from sparsifiner.training.losses import reconstruction_loss
 from tests.ops.cases import layout_of, make_qkv
 from tests.ops.test_select_backends import assert_equals_reference, lowrank_scorer, special_scores
 
@@ -75,9 +80,23 @@ def test_impossible_bases_are_named():
     coefficients, basis, own = torch.rand(1, 1, 2, 4), torch.rand(4, 9), torch.zeros(2, 1)
     for kept in (0, 5):
         with pytest.raises(ValueError, match=f"select_lowrank: {kept} of 4 coefficients do not go"):
-            torch.ops.sparsifiner.select_lowrank_cpu(coefficients, basis, kept, 3, 0, own)
+            cpu_backend.select_lowrank(coefficients, basis, kept, 3, 0, own)
 
 
+def train(scorer, layout, tile):
+    """Fits the scorer to the attention of two images, so that its basis looks like a learned one."""
+    q, k, _ = make_qkv(layout, batch=2)
+    q, k = 3 * q, 3 * k
+    optimizer = torch.optim.Adam(scorer.parameters(), 0.02)
+    for _ in range(30):
+        coefficients, basis = scorer.factors(q, k, layout, tile)
+        loss = reconstruction_loss(coefficients, basis, q, k, layout=layout, tile=tile, scale=0.25)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("patches", "prefix", "tile", "basis", "kept", "budget"),
@@ -89,9 +108,11 @@ def test_impossible_bases_are_named():
         (256, 1, 1, 33, 1, 26),
     ],
 )
-def test_lowrank_lists(patches, prefix, tile, basis, kept, budget, dtype):
+def test_lowrank_lists(patches, prefix, tile, basis, kept, budget, dtype, trained):
     layout = layout_of(patches, prefix)
     scorer = lowrank_scorer(layout, 16, basis, kept)
+    if trained:
+        train(scorer, layout, tile)
     q, k, _ = make_qkv(layout, batch=2, dtype=dtype)
     q[0, 0, -1] = torch.nan
     spec = ListSpec(layout, tile, min(budget, layout.tokens), 0, 1.0, "cpu")
@@ -112,7 +133,7 @@ def test_lowrank_sums_follow_the_largest_coefficients_in_order():
     coefficients = 2.0 ** -torch.randint(0, 4, (1, 2, 50, 12), generator=generator)
     basis = torch.randint(0, 5, (12, 90), generator=generator).float()
     own = torch.arange(50).unsqueeze(1)
-    indices = torch.ops.sparsifiner.select_lowrank_cpu(coefficients, basis, 5, 17, 1, own)
+    indices = cpu_backend.select_lowrank(coefficients, basis, 5, 17, 1, own)
     # of equal coefficients the first ones
     order = coefficients.argsort(dim=-1, descending=True, stable=True)[..., :5]
     sparse = torch.zeros_like(coefficients).scatter(-1, order, coefficients.gather(-1, order))
@@ -123,8 +144,11 @@ def test_lowrank_sums_follow_the_largest_coefficients_in_order():
 def test_operators():
     scores, own = torch.randn(1, 2, 3, 9), torch.arange(3).unsqueeze(1)
     torch.library.opcheck(torch.ops.sparsifiner.select_topk_cpu, (scores, 4, 1, own))
+    q, k, _ = make_qkv(layout_of(16, 1))
+    weights = (torch.rand(8, 16), torch.rand(8), torch.rand(8, 16), torch.rand(8), torch.rand(17, 4))
+    sizes = (4, 4, 1, 2, 0.5, 2, 5, 1)
     torch.library.opcheck(
-        torch.ops.sparsifiner.select_lowrank_cpu, (torch.rand(1, 2, 3, 4), torch.rand(4, 9), 2, 4, 1, own)
+        torch.ops.sparsifiner.select_lowrank_cpu, (q, k, *weights, torch.rand(4, 17), *sizes)
     )
 
 
@@ -137,10 +161,21 @@ def test_scorers_select_natively():
     assert (scorer(q, k, spec).indices == reference).float().mean() > 0.99
 
 
-@pytest.mark.parametrize(("prefix", "tile"), [(1, 1), (5, 4)])
-def test_folded_coefficients_equal_those_of_the_formula(prefix, tile):
-    layout = layout_of(62, prefix)
-    scorer = lowrank_scorer(layout, 16, 8, 3)
-    q, k, _ = make_qkv(layout, batch=2)
-    expected = scorer.coefficients(q, k, layout, tile)
-    assert (scorer._folded_coefficients(q, k, layout, tile) - expected).abs().max() < 1e-5
+@pytest.mark.parametrize("dtypes", itertools.product([torch.float32, torch.bfloat16], repeat=2))
+@pytest.mark.parametrize(
+    ("patches", "prefix", "head_dim", "basis"),
+    [(4, 0, 16, 1), (62, 1, 64, 32), (62, 5, 80, 33), (16, 2, 48, 7)],
+)
+def test_coefficients_are_those_of_the_formula(patches, prefix, head_dim, basis, dtypes):
+    layout = layout_of(patches, prefix)
+    scorer = lowrank_scorer(layout, head_dim, basis, 1)
+    q, k, _ = make_qkv(layout, batch=2, head_dim=head_dim)
+    q, k = q.to(dtypes[0]), k.to(dtypes[1])
+    q[0, 1, -1, 3], q[1, 0, -1, 0] = torch.nan, torch.inf
+    weights = (scorer.query.weight, scorer.query.bias, scorer.key.weight, scorer.key.bias, scorer.down)
+    rows = q[:, :, prefix:]
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        actual = cpu_backend.lowrank_coefficients(rows, k, *weights, scorer.temperature)
+        exact = copy.deepcopy(scorer).double().coefficients(q.double(), k.double(), layout)
+        assert torch.allclose(actual.double(), exact, rtol=1e-4, atol=1e-5, equal_nan=True)

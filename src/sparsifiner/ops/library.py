@@ -242,15 +242,55 @@ def _(scores: Tensor, budget: int, forced: int, own: Tensor) -> Tensor:
 
 @torch.library.custom_op("sparsifiner::select_lowrank_cpu", mutates_args=(), device_types="cpu")
 def select_lowrank_cpu(
-    coefficients: Tensor, basis: Tensor, coef_topk: int, budget: int, forced: int, own: Tensor
+    q: Tensor,
+    k: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor,
+    down: Tensor,
+    basis: Tensor,
+    grid_height: int,
+    grid_width: int,
+    prefix: int,
+    tile: int,
+    temperature: float,
+    coef_topk: int,
+    budget: int,
+    forced: int,
 ) -> Tensor:
-    """Lists of the sums of basis rows [K, N] by the largest of the coefficients [B, H, rows, K]."""
-    return cpu_select.select_lowrank(coefficients, basis, coef_topk, budget, forced, own)
+    """As `select_lowrank`, by the native library."""
+    return cpu_select.predict_lists(
+        *(q, k, (query_weight, query_bias, key_weight, key_bias, down), basis),
+        *(TokenLayout((grid_height, grid_width), prefix), tile),
+        temperature=temperature,
+        coef_topk=coef_topk,
+        budget=budget,
+        forced=forced,
+    )
 
 
 @select_lowrank_cpu.register_fake
-def _(coefficients: Tensor, basis: Tensor, coef_topk: int, budget: int, forced: int, own: Tensor) -> Tensor:
-    return coefficients.new_empty((*coefficients.shape[:-1], budget), dtype=torch.int32)
+def _(
+    q: Tensor,
+    k: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor,
+    down: Tensor,
+    basis: Tensor,
+    grid_height: int,
+    grid_width: int,
+    prefix: int,
+    tile: int,
+    temperature: float,
+    coef_topk: int,
+    budget: int,
+    forced: int,
+) -> Tensor:
+    rows = TokenLayout((grid_height, grid_width), prefix).squares(tile)
+    return q.new_empty((*q.shape[:2], rows, budget), dtype=torch.int32)
 
 
 @torch.library.custom_op("sparsifiner::attend_cpu", mutates_args=(), device_types="cpu")
@@ -339,7 +379,7 @@ def _(
     return 2 * int(B * H * TokenLayout((grid_height, grid_width), prefix).squares(tile) * N * d)
 
 
-@register_flop_formula(torch.ops.sparsifiner.select_lowrank)
+@register_flop_formula([torch.ops.sparsifiner.select_lowrank, torch.ops.sparsifiner.select_lowrank_cpu])
 def _(q: torch.Size, k: torch.Size, query_weight: torch.Size, *rest: Any, **unused: Any) -> int:
     B, H, N, d = q
     down, (grid_height, grid_width, prefix, tile, _, coef_topk) = rest[3], rest[5:11]
@@ -349,12 +389,6 @@ def _(q: torch.Size, k: torch.Size, query_weight: torch.Size, *rest: Any, **unus
     key_down = N * basis * d + basis * d * reduced_dim
     rows_of_scores = rows * (d * reduced_dim + basis * reduced_dim + coef_topk * N)
     return 2 * int(B * H * (key_down + rows_of_scores))
-
-
-@register_flop_formula(torch.ops.sparsifiner.select_lowrank_cpu)
-def _(coefficients: torch.Size, basis: torch.Size, coef_topk: int, *rest: Any, **unused: Any) -> int:
-    B, H, rows, _ = coefficients
-    return 2 * int(B * H * rows * coef_topk * basis[1])
 
 
 def _device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:

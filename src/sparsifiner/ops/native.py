@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 # torch comes first: the library then shares the OpenMP threads that torch has loaded
-import torch  # noqa: F401
+import torch
+from torch import Tensor
 
 import sparsifiner
 
@@ -26,13 +27,17 @@ class Isa(enum.IntEnum):
     NONE = 0
     AVX2 = 1
     AVX512 = 2
+    AVX512_BF16 = 3
 
 
 class Dtype(enum.IntEnum):
-    """Element types of `Attention`."""
+    """Element types of q, k, v and out."""
 
     FP32 = 0
     BF16 = 1
+
+
+DTYPES = {torch.float32: Dtype.FP32, torch.bfloat16: Dtype.BF16}
 
 
 class Lists(ctypes.Structure):
@@ -61,6 +66,31 @@ class NativeTensor(ctypes.Structure):
     )
 
 
+class Predictor(ctypes.Structure):
+    """`SparsifinerPredictor`: the low-rank predictor's coefficients, which are to be written."""
+
+    _fields_ = (
+        ("q", NativeTensor),
+        ("k", NativeTensor),
+        ("query_dtype", ctypes.c_int32),
+        ("key_dtype", ctypes.c_int32),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("basis_size", ctypes.c_int64),
+        ("reduced_dim", ctypes.c_int64),
+        ("down", ctypes.c_void_p),
+        ("query_weight", ctypes.c_void_p),
+        ("query_bias", ctypes.c_void_p),
+        ("key_weight", ctypes.c_void_p),
+        ("key_bias", ctypes.c_void_p),
+        ("coefficients", ctypes.c_void_p),
+        ("temperature", ctypes.c_float),
+    )
+
+
 class Attention(ctypes.Structure):
     """`SparsifinerAttention`: attention over lists and summaries."""
 
@@ -86,6 +116,11 @@ class Attention(ctypes.Structure):
         ("window_tokens", ctypes.c_void_p),
         ("window_of", ctypes.c_void_p),
     )
+
+
+def tensor_of(x: Tensor) -> NativeTensor:
+    """[B, H, N, d] with contiguous rows, as C knows it."""
+    return NativeTensor(x.data_ptr(), *x.stride()[:3])
 
 
 def library() -> ctypes.CDLL | None:
@@ -196,6 +231,7 @@ def _declare(native: ctypes.CDLL) -> None:
 
     lists, pointer, size = ctypes.POINTER(Lists), ctypes.c_void_p, ctypes.c_int64
     declare(native.sparsifiner_best_isa, ctypes.c_int32)
+    declare(native.sparsifiner_coefficients, None, *call, ctypes.POINTER(Predictor))
     declare(native.sparsifiner_select_topk, None, *call, lists, pointer)
     declare(native.sparsifiner_select_lowrank, None, *call, lists, pointer, pointer, size, size)
     declare(native.sparsifiner_attend, None, *call, ctypes.POINTER(Attention))

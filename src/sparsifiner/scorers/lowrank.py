@@ -135,49 +135,25 @@ class LowRankScorer(Scorer):
 
     def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec, backend: str) -> Tensor | None:
         """See `Scorer.fused_lists`."""
-        if self.legacy or q.dtype == torch.float64:
+        if self.legacy or library.why_no_kernel(backend, q):
             return None
-        if backend == "cpu":  # has no limits of size
-            return self._cpu_lists(q, k, spec)
         layout = spec.layout
-        if library.why_no_kernel(backend, q) or layout.tokens - spec.forced > library.LOWRANK_TOKENS:
-            return None
-        if self.up.shape[1] * q.shape[-1] > library.LARGEST_LOWRANK_BASIS:
-            return None
-        if self.query.out_features > library.LARGEST_REDUCED_DIM:
-            return None
+        if backend == "triton":
+            if layout.tokens - spec.forced > library.LOWRANK_TOKENS:
+                return None
+            if self.up.shape[1] * q.shape[-1] > library.LARGEST_LOWRANK_BASIS:
+                return None
+            if self.query.out_features > library.LARGEST_REDUCED_DIM:
+                return None
         projections = (self.query.weight, self.query.bias, self.key.weight, self.key.bias)
         basis = self.basis(layout).mT
         weights = (*projections, self._resampled_down(layout), basis)
         kept = min(self.coef_topk, basis.shape[0])
         geometry = (*layout.grid, layout.prefix, spec.tile)
         sizes = (self.temperature, kept, spec.budget, spec.forced)
-        listed: Tensor = library.select_lowrank(q, k, *weights, *geometry, *sizes)
+        select = library.select_lowrank if backend == "triton" else library.select_lowrank_cpu
+        listed: Tensor = select(q, k, *weights, *geometry, *sizes)
         return listed
-
-    def _cpu_lists(self, q: Tensor, k: Tensor, spec: ListSpec) -> Tensor:
-        coefficients = self._folded_coefficients(q.float(), k.float(), spec.layout, spec.tile)
-        basis = self.basis(spec.layout).float().mT
-        kept = min(self.coef_topk, basis.shape[0])
-        own = spec.layout.square_tokens(spec.tile, q.device)
-        sizes = (kept, spec.budget, spec.forced)
-        listed: Tensor = library.select_lowrank_cpu(coefficients, basis, *sizes, own)
-        return listed
-
-    def _folded_coefficients(self, q: Tensor, k: Tensor, layout: TokenLayout, tile: int) -> Tensor:
-        """As `coefficients`, in fp32: projections are linear, so K basis rows are projected, not N tokens."""
-        B, H, _, d = q.shape
-        query_weight, query_bias, key_weight, key_bias = (
-            each.float() for each in (self.query.weight, self.query.bias, self.key.weight, self.key.bias)
-        )
-        down = self._resampled_down(layout).float()
-        key_down = F.linear(down.mT @ k, key_weight) + down.sum(0)[:, None] * key_bias  # [B, H, K, c]
-        key_down = key_down * self.temperature
-        folded = (key_down @ query_weight).flatten(0, 1)  # [B * H, K, d]
-        offset = (key_down @ query_bias).flatten(0, 1).unsqueeze(1)
-        rows = layout.squares(tile)
-        query = layout.square_means(q[:, :, layout.prefix :], tile).reshape(B * H, rows, d)
-        return torch.baddbmm(offset, query, folded.mT).softmax(-1).view(B, H, rows, folded.shape[1])
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """See `Scorer.macs`: projections, k_down, coefficients and the sparse product, in this order."""

@@ -1,10 +1,12 @@
 """Selection by the native library: one call of its C functions."""
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
 
+from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import native
 
 
@@ -25,6 +27,91 @@ def select_topk(scores: Tensor, budget: int, forced: int, own: Tensor) -> Tensor
     library, isa = native.ready()
     library.sparsifiner_select_topk(isa, torch.get_num_threads(), ctypes.byref(lists), scores.data_ptr())
     return indices
+
+
+def lowrank_coefficients(
+    q: Tensor,
+    k: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor,
+    down: Tensor,
+    temperature: float,
+) -> Tensor:
+    """C, all K coefficients of every row, accumulated in fp32.
+
+    Args:
+        q: [B, H, rows, d] the rows' queries, fp32 or bf16, d a multiple of 16; rows must be contiguous.
+        k: [B, H, N, d] keys, likewise; their dtype may be another.
+        query_weight: W_q [c, d].
+        query_bias: b_q [c].
+        key_weight: W_k [c, d].
+        key_bias: b_k [c].
+        down: W_down [N, K].
+        temperature: factor of the coefficients' logits.
+
+    Returns:
+        fp32 [B, H, rows, K].
+    """
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
+    B, H, rows, d = q.shape
+    N, K = down.shape
+    coefficients = torch.empty(B, H, rows, K, dtype=torch.float32, device="cpu")
+    if not coefficients.numel():
+        return coefficients
+    given = (down, query_weight, query_bias, key_weight, key_bias)
+    weights = [each.float().contiguous() for each in given]  # held until the call has ended
+    predictor = native.Predictor(
+        *(native.tensor_of(q), native.tensor_of(k), native.DTYPES[q.dtype], native.DTYPES[k.dtype]),
+        *(B, H, rows, N, d, K, query_weight.shape[0], *(each.data_ptr() for each in weights)),
+        *(coefficients.data_ptr(), temperature),
+    )
+    library, isa = native.ready()
+    library.sparsifiner_coefficients(isa, torch.get_num_threads(), ctypes.byref(predictor))
+    return coefficients
+
+
+def predict_lists(
+    q: Tensor,
+    k: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    basis: Tensor,
+    layout: TokenLayout,
+    tile: int,
+    *,
+    temperature: float,
+    coef_topk: int,
+    budget: int,
+    forced: int,
+) -> Tensor:
+    """Lists of the low-rank predictor's scores.
+
+    Args:
+        q: [B, H, N, d] queries, fp32 or bf16, d a multiple of 16.
+        k: [B, H, N, d] keys.
+        weights: W_q, b_q, W_k, b_k and W_down.
+        basis: Ũᵀ [K, N].
+        layout: where the tokens lie.
+        tile: side of a tile in patches.
+        temperature: factor of the coefficients' logits.
+        coef_topk: coefficients of a row that count, the largest.
+        budget: list length.
+        forced: the first keys, in every list.
+
+    Returns:
+        int32 [B, H, rows, budget], ascending, -1 last.
+    """
+    query = q[:, :, layout.prefix :]
+    if tile > 1:
+        query = layout.square_means(query.float(), tile)
+    coefficients = lowrank_coefficients(query, k, *weights, temperature)
+    return select_lowrank(coefficients, basis, coef_topk, budget, forced, _own_tokens(layout, tile))
+
+
+@functools.lru_cache(maxsize=64)
+def _own_tokens(layout: TokenLayout, tile: int) -> Tensor:
+    return layout.square_tokens(tile, torch.device("cpu")).int().contiguous()
 
 
 def select_lowrank(

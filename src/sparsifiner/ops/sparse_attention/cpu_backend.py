@@ -9,8 +9,6 @@ from torch import Tensor
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import native
 
-_DTYPES = {torch.float32: native.Dtype.FP32, torch.bfloat16: native.Dtype.BF16}
-
 
 def attend(
     q: Tensor,
@@ -48,18 +46,14 @@ def attend(
         return out
     tile_tokens, window_tokens, window_of = _tables(layout, tile, summary)
     attention = native.Attention(
-        *(_tensor(x) for x in (q, k, v, out)),
-        *(_DTYPES[q.dtype], scale, B, H, N, d, layout.prefix),
+        *(native.tensor_of(x) for x in (q, k, v, out)),
+        *(native.DTYPES[q.dtype], scale, B, H, N, d, layout.prefix),
         *(*tile_tokens.shape, tile_tokens.data_ptr(), indices.shape[-1], indices.data_ptr()),
         *(*window_tokens.shape, window_tokens.data_ptr(), window_of.data_ptr()),
     )
     library, isa = native.ready()
     library.sparsifiner_attend(isa, torch.get_num_threads(), ctypes.byref(attention))
     return out
-
-
-def _tensor(x: Tensor) -> native.NativeTensor:
-    return native.NativeTensor(x.data_ptr(), *x.stride()[:3])
 
 
 @functools.lru_cache(maxsize=64)
