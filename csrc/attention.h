@@ -5,7 +5,6 @@
 
 namespace sparsifiner::SPARSIFINER_ISA {
 
-constexpr float LOG2_E = 1.44269504f;
 // Keys that products may read behind the last one.
 constexpr int SPARE_KEYS = 32;
 

@@ -8,8 +8,6 @@
 namespace sparsifiner::SPARSIFINER_ISA {
 namespace {
 
-constexpr float INFINITE = __builtin_inff();
-constexpr float LOG2_E = 1.44269504f;
 // Sums that one task holds in registers: basis vectors times vectors of dims.
 constexpr int BASES = LANES == 16 ? 8 : 4;
 constexpr int DIM_VECTORS = 2;

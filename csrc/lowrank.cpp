@@ -7,7 +7,6 @@ namespace sparsifiner::SPARSIFINER_ISA {
 
 namespace {
 
-constexpr float INFINITE = __builtin_inff();
 // Basis rows that are summed in one pass.
 constexpr int SUMMED = 8;
 

@@ -119,7 +119,7 @@ inline float weigh(
     const int64_t size = at.a.head_dim;
     const float scale = at.a.scale * LOG2_E;
     float* all_logits = scratch.logits;
-    Floats best = all(-__builtin_inff());
+    Floats best = all(-INFINITE);
     for (int64_t j = 0; j < keys.count; j += LANES) {
         const Stored* key[LANES];
 #pragma GCC unroll 16
@@ -127,7 +127,7 @@ inline float weigh(
         const Floats sums = products_of(scratch.query, key, size) * scale + load(keys.bias + j);
         // spare keys may hold anything, NaN too
         const Ints spare = iota() + static_cast<int32_t>(j) >= static_cast<int32_t>(keys.count);
-        const Floats logits = spare ? all(-__builtin_inff()) : sums;
+        const Floats logits = spare ? all(-INFINITE) : sums;
         store(all_logits + j, logits);
         best = larger(logits, best);
     }
@@ -135,7 +135,7 @@ inline float weigh(
     Floats total{};
     for (int64_t j = 0; j < keys.count; j += LANES) {
         const Floats logits = load(all_logits + j);
-        store(weights + j, logits == -__builtin_inff() ? Floats{} : exp2(logits - shift));
+        store(weights + j, logits == -INFINITE ? Floats{} : exp2(logits - shift));
         total += load(weights + j);  // as they are stored
     }
     return sum_of(total);

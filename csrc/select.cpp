@@ -10,7 +10,6 @@ namespace sparsifiner::SPARSIFINER_ISA {
 
 namespace {
 
-constexpr float INFINITE = __builtin_inff();
 // The code of -inf, which is never selected.
 constexpr int32_t LOWEST = -2139095041;
 // Keys that are ranked one by one, in two vectors.

@@ -64,7 +64,7 @@ inline void multiply(const float* queries, int64_t stride, const Place<float>& a
 
 // Turns a column of products into weights, in place, and returns their sums.
 inline Floats soften(float* products, int64_t stride, const float* bias, int64_t count, float scale) {
-    Floats best = all(-__builtin_inff());
+    Floats best = all(-INFINITE);
     for (int64_t j = 0; j < count; ++j) {
         const Floats logit = load(products + j * stride) * scale + bias[j];
         store(products + j * stride, logit);

@@ -18,6 +18,9 @@ constexpr int LANES = 16;
 constexpr int LANES = 8;
 #endif
 
+constexpr float INFINITE = __builtin_inff();
+constexpr float LOG2_E = 1.44269504f;
+
 using Floats = float __attribute__((vector_size(LANES * 4)));
 using Ints = int32_t __attribute__((vector_size(LANES * 4)));
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sparsifiner.config import make_config
 from sparsifiner.ops import select_topk
 from sparsifiner.ops.backend import HAS_TRITON
-from sparsifiner.scorers import ListSpec, LowRankScorer
+from sparsifiner.scorers import ListSpec, LowRankScorer, PooledScorer
 from tests.ops.cases import layout_of, make_qkv
 
 if HAS_TRITON:
@@ -102,14 +102,24 @@ def lowrank_scorer(layout, head_dim, basis, kept):
 
 
 @needs_triton
+def test_empty_batches_have_empty_lists():
+    layout = layout_of(16, 1)
+    q, k, _ = (x[:0] for x in make_qkv(layout, device=DEVICE))
+    spec = ListSpec(layout, 2, 5, 1, 1.0, "triton")
+    for scorer in (PooledScorer(), lowrank_scorer(layout, 16, 8, 3)):
+        assert scorer(q, k, spec).indices.shape == (0, 2, 4, 5)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])])
 @pytest.mark.parametrize(
     ("patches", "prefix", "tile", "head_dim", "basis", "kept", "budget"),
     [(4, 1, 1, 8, 4, 2, 3), (62, 0, 1, 16, 32, 8, 7), (196, 5, 4, 64, 32, 8, 20), (62, 2, 8, 24, 6, 6, 64)],
 )
-def test_lowrank_scores_and_their_selection(patches, prefix, tile, head_dim, basis, kept, budget):
+def test_lowrank_scores_and_their_selection(patches, prefix, tile, head_dim, basis, kept, budget, dtype):
     layout = layout_of(patches, prefix)
-    scorer = lowrank_scorer(layout, head_dim, basis, kept)
-    q, k, _ = make_qkv(layout, head_dim=head_dim, batch=2, device=DEVICE)
+    scorer = lowrank_scorer(layout, head_dim, basis, kept).to(dtype)
+    q, k, _ = make_qkv(layout, head_dim=head_dim, batch=2, dtype=dtype, device=DEVICE)
     q[0, 0, -1] = torch.nan
     spec = ListSpec(layout, tile, min(budget, layout.tokens), 0, 1.0)
     exact = copy.deepcopy(scorer).double().scores(q.double(), k.double(), spec)

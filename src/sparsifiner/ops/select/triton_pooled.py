@@ -44,8 +44,10 @@ def select_pooled(
     k = k[:, :, forced:]
     N = k.shape[2]
     rows, pairs = layout.squares(tile), B * H
-    mean_q = square_means(q, layout, tile)[0]
     indices = torch.empty(B, H, rows, budget, dtype=torch.int32, device=q.device)
+    if not pairs:
+        return indices
+    mean_q = square_means(q, layout, tile)[0]
     stride = padded_length(N)
     dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
     chunk = max(1, scratch_rows(q.numel() * q.element_size(), stride * dtype.itemsize))
@@ -53,7 +55,7 @@ def select_pooled(
     heads = triton.cdiv(pairs, triton.cdiv(pairs, max(1, chunk // rows)))
     part = triton.cdiv(rows, triton.cdiv(rows, chunk))
     own = OwnTokens(layout=layout, side=tile)
-    scratch = torch.empty(min(heads, pairs) * part, stride, dtype=dtype, device=q.device)
+    scratch = torch.empty(heads * part, stride, dtype=dtype, device=q.device)
     # products of fp32 take registers instead of matrix units
     largest = (32, 64) if dtype == torch.float32 else (64, 128)
     block_t, block_n = max(16, min(largest[0], triton.next_power_of_2(part))), largest[1]
