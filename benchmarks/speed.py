@@ -42,7 +42,7 @@ MODEL = ModelBenchmark(
 )
 # compiling takes minutes, so compiled models are timed up to 512 px
 LARGE = replace(MODEL, img_size=1024, runs=7, warmup=1, compile=False)
-TILED = make_config("fast", keep=0.1, tile=8, summary=8, backend="cpu")
+TILED = make_config("fast", keep=0.1, tile=8, summary=8, scorer="pooled", profile="even", backend="cpu")
 PAPER = make_config("paper", keep=0.1, backend="cpu")
 
 GPU_TILES = OpsBenchmark(

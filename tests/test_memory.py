@@ -33,6 +33,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("scorer", "tile", "summary"),
     [
+        ("impact", 8, 8),
         ("pooled", 8, 8),
         ("pooled", 1, None),
         ("lowrank", 1, None),
@@ -49,7 +50,7 @@ def test_forward_and_backward_allocate_nothing_of_n_by_n(scorer, tile, summary, 
     spec = ListSpec(layout, tile, key_budget(exact_ratio(0.1), N, forced), forced, scale=8**-0.5)
     module = make_scorer(SparsifyConfig(scorer=scorer), 0, layout, num_heads=1, head_dim=8)
     with LargestTensor() as largest:
-        connectivity = module(q, k, spec)
+        connectivity = module(q, k, v, spec)
         out = sparse_attention(q, k, v, connectivity, summary, backend=backend)
         out.sum().backward()
     if backend == "reference":  # shows that the measurement sees such tensors

@@ -169,7 +169,7 @@ def test_second_call_changes_only_the_configuration():
     assert scorer.temperature == 3**-0.5
     assert model.blocks[0].attn.scorer is scorer
     assert torch.equal(scorer.up, weight)
-    assert [layer.config.keep_of(layer.layer) for layer in sparse_layers(model)] == [0.5, 0.1]
+    assert [layer.config.keep_of(layer.layer, 2) for layer in sparse_layers(model)] == [0.5, 0.1]
     sparsifiner.sparsify(model, keep=0.2)  # an option alone leaves everything else as it is
     assert model.blocks[0].attn.scorer is scorer
     config = model.blocks[0].attn.config
@@ -226,14 +226,14 @@ def test_autocast_changes_the_projections_but_not_the_precision_of_scores(name, 
     tokens = torch.randn(2, layer.current_layout(layer.grid.model.patch_embed.num_patches + 1).tokens, 48)
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
-            q, k, _ = layer.project(tokens)
+            q, k, v = layer.project(tokens)
             spec = layer.list_spec(layer.current_layout(tokens.shape[1]))
-            scores, lists = layer.scorer.scores(q, k, spec), layer.scorer(q, k, spec)
+            scores, lists = layer.scorer.scores(q, k, v, spec), layer.scorer(q, k, v, spec)
             assert layer(tokens).shape == tokens.shape
         assert q.dtype == torch.bfloat16
         assert scores.dtype == torch.float32
-        assert torch.equal(scores, layer.scorer.scores(q, k, spec))
-        assert torch.equal(lists.indices, layer.scorer(q, k, spec).indices)
+        assert torch.equal(scores, layer.scorer.scores(q, k, v, spec))
+        assert torch.equal(lists.indices, layer.scorer(q, k, v, spec).indices)
 
 
 def test_bf16_model_stays_close_to_its_fp32_twin():
@@ -301,7 +301,7 @@ def test_hooks_and_modes_of_the_layer_survive_both_ways():
 
 
 def test_tiles_larger_than_the_grid_are_one_tile():
-    model = sparsifiner.sparsify(make_model("deit"), keep=0.2, tile=14, summary=14)
+    model = sparsifiner.sparsify(make_model("deit"), scorer="pooled", keep=0.2, tile=14, summary=14)
     images = make_images(224)
     expected = model(images)
     sparsifiner.sparsify(model, keep=0.2, tile=10**6, summary=10**6)
@@ -356,7 +356,7 @@ def test_supported_models_have_no_reason():
         ({"basis_threshold": float("nan")}, "basis_threshold must be a number of at least 0"),
         ({"keep": None}, "keep must be a number"),
         ({"summary": [2]}, "summary must be a whole number"),
-        ({"legacy": True}, "needs scorer='lowrank', got 'pooled'"),
+        ({"legacy": True}, "needs scorer='lowrank', got 'impact'"),
         ({"preset": "paper", "legacy": True, "backend": "torch"}, "runs on backend='reference' only"),
         ({"preset": "slow"}, "preset='slow' is unknown"),
         ({"kep": 0.1}, "'kep' is no option of SparsifyConfig"),

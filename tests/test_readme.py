@@ -25,7 +25,7 @@ def test_python_blocks_run_in_order():
     for block in blocks("python"):
         exec(block, names)
     assert names["logits"].shape == (1, 1000)
-    assert names["layers"][3].connectivity.indices.shape == (1, 6, 16, 103)
+    assert names["layers"][3].connectivity.indices.shape == (1, 6, 16, 155)
     assert names["out"].shape == (1, 6, 1025, 64)
     assert sparsifiner.why_not(names["model"]) == []
 

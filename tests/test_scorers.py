@@ -14,7 +14,7 @@ from sparsifiner.scorers import ListSpec, LowRankScorer, make_scorer
 from tests.models import make_images, make_model
 from tests.ops.cases import make_qkv
 
-NAMES = ["lowrank", "pooled", "oracle", "window", "strided", "random"]
+NAMES = ["lowrank", "impact", "pooled", "oracle", "window", "strided", "random"]
 
 
 def make(name, layout, layer=0, **options):
@@ -36,15 +36,15 @@ def tile_members(layout, tile):
 @pytest.mark.parametrize(("grid", "tile", "prefix"), [((5, 7), 1, 1), ((5, 7), 3, 0), ((4, 4), 8, 2)])
 def test_lists_are_the_selection_of_the_scores_in_any_chunks(name, grid, tile, prefix, monkeypatch):
     layout = TokenLayout(grid, prefix)
-    q, k, _ = make_qkv(layout, batch=2)
+    q, k, v = make_qkv(layout, batch=2)
     scorer = make(name, layout)
     spec = spec_of(layout, tile, budget=prefix + 4, forced=prefix if tile > 1 else 0)
-    scores = scorer.scores(q, k, spec).expand(2, 2, -1, -1)
+    scores = scorer.scores(q, k, v, spec).expand(2, 2, -1, -1)
     own = layout.square_tokens(tile, q.device)
     expected = select_topk(scores, spec.budget, forced=spec.forced, own=own, backend="reference")
-    assert torch.equal(scorer(q, k, spec).indices, expected)
+    assert torch.equal(scorer(q, k, v, spec).indices, expected)
     monkeypatch.setitem(scorers.base._CHUNK_ELEMENTS, "cpu", 1)
-    connectivity = scorer(q, k, spec)
+    connectivity = scorer(q, k, v, spec)
     assert torch.equal(connectivity.indices, expected)
     assert (connectivity.grid, connectivity.tile, connectivity.prefix) == (grid, tile, prefix)
 
@@ -52,8 +52,8 @@ def test_lists_are_the_selection_of_the_scores_in_any_chunks(name, grid, tile, p
 @pytest.mark.parametrize("tile", [1, 3])
 def test_pooled_is_the_tile_mean_query_times_key(tile):
     layout = TokenLayout((5, 7), 1)
-    q, k, _ = make_qkv(layout, dtype=torch.float64)
-    scores = make("pooled", layout).scores(q, k, spec_of(layout, tile, 3))
+    q, k, v = make_qkv(layout, dtype=torch.float64)
+    scores = make("pooled", layout).scores(q, k, v, spec_of(layout, tile, 3))
     expected = torch.stack([q[:, :, row].mean(2) for row in tile_members(layout, tile)], 2) @ k.mT
     assert (scores - expected).abs().max() < 1e-12
 
@@ -61,9 +61,9 @@ def test_pooled_is_the_tile_mean_query_times_key(tile):
 @pytest.mark.parametrize("tile", [1, 3])
 def test_oracle_is_the_mean_attention_of_the_tile(tile):
     layout = TokenLayout((5, 7), 2)
-    q, k, _ = make_qkv(layout, dtype=torch.float64)
+    q, k, v = make_qkv(layout, dtype=torch.float64)
     attention = (q @ k.mT * 0.25).softmax(-1)
-    scores = make("oracle", layout).scores(q, k, spec_of(layout, tile, 3))
+    scores = make("oracle", layout).scores(q, k, v, spec_of(layout, tile, 3))
     expected = torch.stack([attention[:, :, row].mean(2) for row in tile_members(layout, tile)], 2)
     assert (scores - expected).abs().max() < 1e-12
 
@@ -75,7 +75,7 @@ def test_lowrank_is_the_formula_of_the_paper(tile):
     with torch.no_grad():
         for parameter in scorer.parameters():
             parameter.copy_(torch.randn_like(parameter))
-    q, k, _ = make_qkv(layout, dtype=torch.float64)
+    q, k, v = make_qkv(layout, dtype=torch.float64)
     rows = torch.stack([q[:, :, row].mean(2) for row in tile_members(layout, tile)], 2)
     reduced_q = rows @ scorer.query.weight.T + scorer.query.bias
     reduced_k = k @ scorer.key.weight.T + scorer.key.bias
@@ -84,33 +84,33 @@ def test_lowrank_is_the_formula_of_the_paper(tile):
     smallest_kept = coefficients.sort(-1, descending=True).values[..., 2:3]
     sparse_coefficients = torch.where(coefficients >= smallest_kept, coefficients, 0)
     basis = torch.where(scorer.up.abs() > 0.02, scorer.up.abs(), 0)
-    scores = scorer.scores(q, k, spec_of(layout, tile, 3))
+    scores = scorer.scores(q, k, v, spec_of(layout, tile, 3))
     assert (scores - sparse_coefficients @ basis.T).abs().max() < 1e-12
 
 
 def test_window_takes_the_nearest_patches():
     layout = TokenLayout((5, 5), 1)
-    q, k, _ = make_qkv(layout)
-    lists = make("window", layout)(q, k, spec_of(layout, 1, budget=6)).indices
+    q, k, v = make_qkv(layout)
+    lists = make("window", layout)(q, k, v, spec_of(layout, 1, budget=6)).indices
     # prefix, the patch in the middle and its four neighbours
     assert lists[0, 0, 12].tolist() == [0, 8, 12, 13, 14, 18]
 
 
 def test_strided_takes_every_s_th_token_from_the_own_one():
     layout = TokenLayout((4, 4), 0)
-    q, k, _ = make_qkv(layout)
-    lists = make("strided", layout)(q, k, spec_of(layout, 1, budget=4)).indices
+    q, k, v = make_qkv(layout)
+    lists = make("strided", layout)(q, k, v, spec_of(layout, 1, budget=4)).indices
     assert lists[0, 0, 6].tolist() == [2, 6, 10, 14]
 
 
 def test_random_is_fixed_by_seed_and_layer_and_uniform():
     layout = TokenLayout((16, 16), 1)
-    q, k, _ = make_qkv(layout)
+    q, k, v = make_qkv(layout)
     spec = spec_of(layout, 4, 26)
-    first = make("random", layout).scores(q, k, spec)
-    assert torch.equal(first, make("random", layout).scores(k, q, spec))
+    first = make("random", layout).scores(q, k, v, spec)
+    assert torch.equal(first, make("random", layout).scores(k, q, v, spec))
     for other in (make("random", layout, layer=1), make("random", layout, seed=1)):
-        assert (first == other.scores(q, k, spec)).float().mean() < 1e-3
+        assert (first == other.scores(q, k, v, spec)).float().mean() < 1e-3
     assert (first[:, 0] == first[:, 1]).float().mean() < 1e-3
     uniform = first.double() / 2**24
     assert abs(uniform.mean() - 0.5) < 0.02
@@ -130,8 +130,8 @@ def test_lowrank_follows_another_grid_by_resampling():
     assert torch.equal(down[0], scorer.down[0])
     assert up[1:].std().item() == pytest.approx(scorer.up[1:].std().item(), rel=1e-5)
     assert (down[1:].sum(0) / scorer.down[1:].sum(0) - 1).abs().max() < 0.05
-    q, k, _ = make_qkv(other)
-    assert scorer.scores(q, k, spec_of(other, 1, 5)).shape == (1, 2, 560, 561)
+    q, k, v = make_qkv(other)
+    assert scorer.scores(q, k, v, spec_of(other, 1, 5)).shape == (1, 2, 560, 561)
     assert scorer._resampled_up(native) is scorer.up
 
 
@@ -181,13 +181,13 @@ class TestReleased:
 
     @torch.no_grad()
     def test_scores_mask_and_output(self, layer, released):
-        q, k, _ = layer.project(released["input"])
+        q, k, v = layer.project(released["input"])
         spec = layer.list_spec(layer.current_layout(197))
         assert spec.budget == 50
-        scores = layer.scorer.scores(q, k, spec)
+        scores = layer.scorer.scores(q, k, v, spec)
         # the scores reach .011, so this is two units in the last place: another CPU's matrix products
         assert (scores - released["scores"]).abs().max() <= 2 * 2**-30
-        mask = layer.scorer(q, k, spec).to_mask()
+        mask = layer.scorer(q, k, v, spec).to_mask()
         assert torch.equal(mask, released["mask"].bool())
         assert (layer(released["input"]) - released["output"]).abs().max() < 1e-6
 
@@ -201,3 +201,31 @@ class TestReleased:
         dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         out = layer.combine(released["input"], dense)
         assert (out - released["stage1_output"]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("tile", "pool", "summary"), [(4, 2, 2), (4, None, 4), (3, None, None), (1, None, 2)]
+)
+def test_impact_is_the_attention_of_mean_queries_times_the_distance_of_values(tile, pool, summary):
+    layout = TokenLayout((5, 7), 2)
+    q, k, v = make_qkv(layout, dtype=torch.float64)
+    spec = ListSpec(layout, tile, 4, 2, scale=0.25, summary=summary)
+    scores = make("impact", layout, tile=tile, pool=pool).scores(q, k, v, spec)
+    side = summary or layout.auto_summary()
+    windows = tile_members(layout, side)
+    mass_keys = torch.cat([k[:, :, :2], *(k[:, :, w].mean(2, keepdim=True) for w in windows)], 2)
+    sizes = torch.tensor([1.0, 1.0, *map(len, windows)], dtype=torch.float64)
+    deviation = torch.ones_like(k[..., 0])
+    for window in windows:
+        deviation[:, :, window] = (v[:, :, window] - v[:, :, window].mean(2, keepdim=True)).norm(dim=-1)
+    squares = tile_members(layout, pool or (tile if tile % 2 else tile // 2))
+    for row, members in enumerate(tile_members(layout, tile)):
+        inside = [square for square in squares if set(square.tolist()) <= set(members.tolist())]
+        assert sum(map(len, inside)) == len(members)
+        queries = torch.stack([q[:, :, square].mean(2) for square in inside], 2)
+        mass = ((queries @ mass_keys.mT * 0.25).exp() * sizes).sum(-1, keepdim=True)
+        mass = (
+            mass if len(inside) > 1 or tile % 2 == 0 else torch.ones(())
+        )  # one square: the order needs none
+        expected = ((queries @ k.mT * 0.25).exp() / mass).amax(2) * deviation
+        assert (scores[:, :, row].exp() - expected).abs().max() < 1e-12

@@ -30,6 +30,7 @@ class SparseAttention(nn.Module):
         grid: tells the patch grid of the current input.
         prefix: number of prefix tokens.
         layer: index of the layer.
+        depth: number of layers of the model.
         config: what to do.
 
     Attributes:
@@ -55,6 +56,7 @@ class SparseAttention(nn.Module):
         grid: "CurrentGrid",
         prefix: int,
         layer: int,
+        depth: int,
         config: SparsifyConfig,
     ) -> None:
         super().__init__()
@@ -69,6 +71,7 @@ class SparseAttention(nn.Module):
         self.grid = grid
         self.prefix = prefix
         self.layer = layer
+        self.depth = depth
         self.configure(config)
         self._dense = (dense,)  # in a tuple: not a child, its weights are this module's already
         self.training = dense.training
@@ -80,7 +83,7 @@ class SparseAttention(nn.Module):
         """Changes what the layer does; its weights stay."""
         self.config = config
         self.scorer.configure(config)
-        self.keep = exact_ratio(config.keep_of(self.layer))
+        self.keep = exact_ratio(config.keep_of(self.layer, self.depth))
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attends: [B, N, C] to [B, N, C].
@@ -96,11 +99,10 @@ class SparseAttention(nn.Module):
         if spec is None:
             out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         else:
-            connectivity = self.scorer(q, k, spec)
+            connectivity = self.scorer(q, k, v, spec)
             if self.lists is not None:
                 self.lists.put(connectivity)
-            summary = self.summary_side(layout)
-            out = sparse_attention(q, k, v, connectivity, summary, self.scale, self.backend)
+            out = sparse_attention(q, k, v, connectivity, spec.summary, self.scale, self.backend)
         return self.combine(x, out)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,7 +143,8 @@ class SparseAttention(nn.Module):
         budget = key_budget(self.keep, layout.tokens, forced)
         if layout.tokens < config.min_tokens or budget == layout.tokens:
             return None
-        return ListSpec(layout, config.tile, budget, forced, self.scale, self.backend)
+        summary = self.summary_side(layout)
+        return ListSpec(layout, config.tile, budget, forced, self.scale, self.backend, summary)
 
     def summary_side(self, layout: TokenLayout) -> int | None:
         """Side of the summary windows, None for no summaries."""
@@ -162,8 +165,8 @@ class SparseAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """Configuration in short."""
-        keep, config = self.config.keep_of(self.layer), self.config
-        return f"keep={keep}, tile={config.tile}, summary={config.summary}, backend={self.backend!r}"
+        keep, config = self.config.keep_of(self.layer, self.depth), self.config
+        return f"keep={keep:.4g}, tile={config.tile}, summary={config.summary}, backend={self.backend!r}"
 
     def _check_call(self, attn_mask: Tensor | None, is_causal: bool) -> None:
         if attn_mask is not None or is_causal:

@@ -8,23 +8,30 @@ from typing import Any, Literal, get_args
 
 from sparsifiner.ops.backend import BACKENDS
 
-ScorerName = Literal["lowrank", "pooled", "oracle", "window", "strided", "random"]
+ScorerName = Literal["lowrank", "impact", "pooled", "oracle", "window", "strided", "random"]
+ProfileName = Literal["even", "falling"]
 
 
 @dataclass(frozen=True)
 class SparsifyConfig:
-    """How every layer chooses its keys and attends to them. The defaults are the preset "fast".
+    """How every layer chooses its keys and attends to them.
 
     Attributes:
         keep: share of the tokens in each key list, in (0, 1]; one number, or one per layer. A layer
             that keeps everything is dense attention.
+        profile: how one number is spread over the layers: "even", or "falling" as the square of the distance
+            to the end, at the same mean: the first layers, whose attention is broad, list up to almost
+            three times as many keys, the last ones few.
         tile: side in patches of the square of queries that share one key list; 1 gives every query
             its own, as in the paper.
         summary: side in patches of the windows whose mean key and value are appended as summary
             keys; None for no summaries, as in the paper; "auto" for the largest side that gives at
             least 48 windows.
-        scorer: "lowrank" (learned, the paper's), "pooled" (tile-mean query · key, needs no
-            training), or, to compare with, "oracle", "window", "strided" or "random".
+        scorer: "lowrank" (learned, the paper's), "impact" (attention of the mean queries of parts of a tile,
+            times the distance of a key's value from its window's mean; needs no training), "pooled"
+            (tile-mean query · key, cheaper) or, to compare with, "oracle", "window", "strided" or "random".
+        pool: side in patches of the squares whose mean queries score for "impact", a divisor of `tile`;
+            None for half of it, or for all of an odd one.
         basis: basis size K of the low-rank scorer.
         reduced_dim: head dim of its reduced queries and keys; half the head dim by default.
         coef_topk: coefficients that it keeps per row.
@@ -43,9 +50,11 @@ class SparsifyConfig:
     """
 
     keep: float | Sequence[float] = 0.1
+    profile: ProfileName = "even"
     tile: int = 8
     summary: int | Literal["auto"] | None = "auto"
     scorer: ScorerName = "pooled"
+    pool: int | None = None
     basis: int = 32
     reduced_dim: int | None = None
     coef_topk: int = 8
@@ -58,6 +67,21 @@ class SparsifyConfig:
 
     def __post_init__(self) -> None:
         """Rejects impossible values by name."""
+        listed = self._check_keep()
+        self._check_at_least("tile", 1, "tile=1 gives every query its own key list")
+        if self.summary is not None and self.summary != "auto":
+            self._check_at_least("summary", 1, "use None for no summaries or 'auto'")
+        self._check_scorer()
+        self._check_at_least("share", 1, "1 gives every layer its own lists")
+        self._check_groups(listed)
+        self._check_at_least("min_tokens", 0, "0 makes every layer sparse")
+        self._check_at_least("seed", 0, "any whole number below 2 ** 32 will do")
+        if self.backend not in {"auto", *BACKENDS}:
+            raise ValueError(f"backend={self.backend!r} is unknown; choose 'auto' or one of {BACKENDS}")
+        if self.legacy:
+            self._check_legacy()
+
+    def _check_keep(self) -> tuple[float, ...]:
         keeps: list[Any] = list(self.keep) if isinstance(self.keep, Sequence) else [self.keep]
         for keep in keeps:
             if isinstance(keep, bool) or not isinstance(keep, Real):
@@ -68,11 +92,17 @@ class SparsifyConfig:
             raise ValueError("keep must be a number in (0, 1] or one per layer; got an empty list")
         listed = tuple(float(keep) for keep in keeps)
         object.__setattr__(self, "keep", listed if isinstance(self.keep, Sequence) else listed[0])
-        self._check_at_least("tile", 1, "tile=1 gives every query its own key list")
-        if self.summary is not None and self.summary != "auto":
-            self._check_at_least("summary", 1, "use None for no summaries or 'auto'")
+        if self.profile not in get_args(ProfileName):
+            raise ValueError(f"profile={self.profile!r} is unknown; choose one of {get_args(ProfileName)}")
+        return listed
+
+    def _check_scorer(self) -> None:
         if self.scorer not in get_args(ScorerName):
             raise ValueError(f"scorer={self.scorer!r} is unknown; choose one of {get_args(ScorerName)}")
+        if self.pool is not None:
+            self._check_at_least("pool", 1, "None takes half of the tile's side")
+            if self.tile % self.pool:
+                raise ValueError(f"pool={self.pool} must divide tile={self.tile}, whose queries it groups")
         self._check_at_least("basis", 1, "the paper uses 32")
         if self.reduced_dim is not None:
             self._check_at_least("reduced_dim", 1, "None takes half the head dim")
@@ -81,14 +111,6 @@ class SparsifyConfig:
             raise ValueError(f"coef_topk={self.coef_topk} exceeds basis={self.basis}; lower coef_topk")
         if not (isinstance(self.basis_threshold, int | float) and 0 <= self.basis_threshold < math.inf):
             raise ValueError(f"basis_threshold must be a number of at least 0, got {self.basis_threshold!r}")
-        self._check_at_least("share", 1, "1 gives every layer its own lists")
-        self._check_groups(listed)
-        self._check_at_least("min_tokens", 0, "0 makes every layer sparse")
-        self._check_at_least("seed", 0, "any whole number below 2 ** 32 will do")
-        if self.backend not in {"auto", *BACKENDS}:
-            raise ValueError(f"backend={self.backend!r} is unknown; choose 'auto' or one of {BACKENDS}")
-        if self.legacy:
-            self._check_legacy()
 
     def _check_at_least(self, name: str, least: int, remedy: str) -> None:
         value = getattr(self, name)
@@ -118,13 +140,23 @@ class SparsifyConfig:
         if self.backend not in {"auto", "reference"}:
             raise ValueError(f"legacy=True runs on backend='reference' only, got {self.backend!r}")
 
-    def keep_of(self, layer: int) -> float:
-        """Share of keys that layer `layer` keeps."""
-        return float(self.keep[layer]) if isinstance(self.keep, tuple) else float(self.keep)  # type: ignore[arg-type]
+    def keep_of(self, layer: int, depth: int) -> float:
+        """Share of keys that layer `layer` of `depth` keeps."""
+        if isinstance(self.keep, tuple):
+            return float(self.keep[layer])
+        assert isinstance(self.keep, float)
+        if self.profile == "even":
+            return self.keep
+        groups = -(-depth // self.share)  # layers that share lists keep the same
+        falling = [(1.0 - (group + 0.5) / groups) ** 2 for group in range(groups)]
+        weights = [weight * groups / sum(falling) for weight in falling]  # 1 on the average
+        # no layer can keep more than everything, so that large shares are spread more evenly
+        spread = min(1.0, (1.0 / self.keep - 1.0) / (weights[0] - 1.0)) if groups > 1 else 0.0
+        return min(1.0, self.keep * (1.0 + spread * (weights[layer // self.share] - 1.0)))
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {},
+    "fast": {"scorer": "impact", "profile": "falling"},
     "paper": {"scorer": "lowrank", "tile": 1, "summary": None, "keep": 0.25},
 }
 

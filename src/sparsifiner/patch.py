@@ -81,7 +81,7 @@ def sparsify(
             layer.scorer = scorer
             layer.configure(config)
         else:
-            layer = SparseAttention(layer, scorer, grid, model.num_prefix_tokens, index, config)
+            layer = SparseAttention(layer, scorer, grid, model.num_prefix_tokens, index, len(layers), config)
             block.attn = layer
         layer.lists = lists if scores else None
         untrained = True

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -50,3 +51,28 @@ def test_accuracy_alone():
 def test_no_images_is_an_error():
     with pytest.raises(ValueError, match="no image to evaluate"):
         evaluate(Fixed(DENSE), [], progress=False)
+
+
+def test_patch_tokens_beside_those_of_the_twin():
+    torch.manual_seed(0)
+    arguments = {
+        "img_size": 32,
+        "patch_size": 8,
+        "depth": 1,
+        "embed_dim": 32,
+        "num_heads": 2,
+        "num_classes": 3,
+    }
+    model, dense = (timm.create_model("deit_tiny_patch16_224", **arguments).eval() for _ in range(2))
+    images, labels = torch.randn(3, 3, 32, 32), torch.zeros(3, dtype=torch.int64)
+    batches = [(images[:2], labels[:2]), (images[2:], labels[2:])]
+    same = evaluate(model, batches, dense=model, progress=False).against_dense
+    assert same.token_cosine == pytest.approx(1)
+    assert same.token_error == 0
+    against = evaluate(model, batches, dense=dense, progress=False).against_dense
+    with torch.no_grad():
+        ours, theirs = (each.forward_features(images)[:, 1:].double() for each in (model, dense))
+    cosine = (ours * theirs).sum(-1) / ours.norm(dim=-1) / theirs.norm(dim=-1)
+    assert against.token_cosine == pytest.approx(cosine.mean().item())
+    error = (ours - theirs).square().sum(-1).sqrt() / theirs.norm(dim=-1)
+    assert against.token_error == pytest.approx(error.mean().item())

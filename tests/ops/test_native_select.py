@@ -71,9 +71,9 @@ def test_rows_without_a_score_take_their_own_tokens():
 def test_empty_batch():
     assert select_topk(torch.randn(0, 2, 3, 9), 4, backend="cpu").shape == (0, 2, 3, 4)
     layout = layout_of(16, 1)
-    q, k, _ = (x[:0] for x in make_qkv(layout))
+    q, k, v = (x[:0] for x in make_qkv(layout))
     spec = ListSpec(layout, 1, 9, 0, 1.0, "cpu")
-    assert lowrank_scorer(layout, 16, 8, 3)(q, k, spec).indices.shape == (0, 2, 16, 9)
+    assert lowrank_scorer(layout, 16, 8, 3)(q, k, v, spec).indices.shape == (0, 2, 16, 9)
 
 
 def test_impossible_bases_are_named():
@@ -113,12 +113,12 @@ def test_lowrank_lists(patches, prefix, tile, basis, kept, budget, dtype, traine
     scorer = lowrank_scorer(layout, 16, basis, kept)
     if trained:
         train(scorer, layout, tile)
-    q, k, _ = make_qkv(layout, batch=2, dtype=dtype)
+    q, k, v = make_qkv(layout, batch=2, dtype=dtype)
     q[0, 0, -1] = torch.nan
     spec = ListSpec(layout, tile, min(budget, layout.tokens), 0, 1.0, "cpu")
-    indices = scorer(q, k, spec).indices
+    indices = scorer(q, k, v, spec).indices
     # rounding differs from torch's sums, so lists are compared by the scores that they hold
-    scores = scorer.scores(q, k, spec)
+    scores = scorer.scores(q, k, v, spec)
     expected = select_topk(scores, spec.budget, own=layout.square_tokens(tile, q.device), backend="reference")
     assert (indices.diff(dim=-1) > 0)[indices[..., 1:] >= 0].all()
     held, best = (scores.nan_to_num().gather(-1, each.clamp(min=0).long()) for each in (indices, expected))
@@ -154,11 +154,11 @@ def test_operators():
 
 def test_scorers_select_natively():
     layout = TokenLayout((9, 7), 1)
-    q, k, _ = make_qkv(layout)
+    q, k, v = make_qkv(layout)
     spec = ListSpec(layout, 1, 9, 0, 1.0, "cpu")
     scorer = lowrank_scorer(layout, 16, 8, 3)
-    reference = scorer(q, k, ListSpec(layout, 1, 9, 0, 1.0, "reference")).indices
-    assert (scorer(q, k, spec).indices == reference).float().mean() > 0.99
+    reference = scorer(q, k, v, ListSpec(layout, 1, 9, 0, 1.0, "reference")).indices
+    assert (scorer(q, k, v, spec).indices == reference).float().mean() > 0.99
 
 
 @pytest.mark.parametrize("dtypes", itertools.product([torch.float32, torch.bfloat16], repeat=2))

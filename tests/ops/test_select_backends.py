@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from sparsifiner.config import make_config
 from sparsifiner.ops import select_topk
 from sparsifiner.ops.backend import HAS_TRITON
-from sparsifiner.scorers import ListSpec, LowRankScorer, PooledScorer
+from sparsifiner.scorers import ImpactScorer, ListSpec, LowRankScorer, PooledScorer
 from tests.ops.cases import layout_of, make_qkv
 
 if HAS_TRITON:
-    from sparsifiner.ops.select import triton_backend, triton_lowrank, triton_pooled
+    from sparsifiner.ops.select import triton_backend, triton_lowrank, triton_tiles
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -104,10 +104,10 @@ def lowrank_scorer(layout, head_dim, basis, kept):
 @needs_triton
 def test_empty_batches_have_empty_lists():
     layout = layout_of(16, 1)
-    q, k, _ = (x[:0] for x in make_qkv(layout, device=DEVICE))
+    q, k, v = (x[:0] for x in make_qkv(layout, device=DEVICE))
     spec = ListSpec(layout, 2, 5, 1, 1.0, "triton")
-    for scorer in (PooledScorer(), lowrank_scorer(layout, 16, 8, 3)):
-        assert scorer(q, k, spec).indices.shape == (0, 2, 4, 5)
+    for scorer in (PooledScorer(), ImpactScorer(None), lowrank_scorer(layout, 16, 8, 3)):
+        assert scorer(q, k, v, spec).indices.shape == (0, 2, 4, 5)
 
 
 @needs_triton
@@ -119,10 +119,10 @@ def test_empty_batches_have_empty_lists():
 def test_lowrank_scores_and_their_selection(patches, prefix, tile, head_dim, basis, kept, budget, dtype):
     layout = layout_of(patches, prefix)
     scorer = lowrank_scorer(layout, head_dim, basis, kept).to(dtype)
-    q, k, _ = make_qkv(layout, head_dim=head_dim, batch=2, dtype=dtype, device=DEVICE)
+    q, k, v = make_qkv(layout, head_dim=head_dim, batch=2, dtype=dtype, device=DEVICE)
     q[0, 0, -1] = torch.nan
     spec = ListSpec(layout, tile, min(budget, layout.tokens), 0, 1.0)
-    exact = copy.deepcopy(scorer).double().scores(q.double(), k.double(), spec)
+    exact = copy.deepcopy(scorer).double().scores(q.double(), k.double(), v.double(), spec)
     scores = torch.full_like(exact, torch.nan, dtype=torch.float32)
     with torch.no_grad():
         weights = triton_lowrank.LowRankWeights(
@@ -153,14 +153,14 @@ def test_pooled_scores_and_their_selection(
     dtype, patches, prefix, tile, head_dim, budget, rows_at_once, monkeypatch
 ):
     if rows_at_once:
-        monkeypatch.setattr(triton_pooled, "scratch_rows", lambda *sizes: rows_at_once)
+        monkeypatch.setattr(triton_tiles, "scratch_rows", lambda *sizes: rows_at_once)
     layout = layout_of(patches, prefix)
     q, k, _ = make_qkv(layout, head_dim=head_dim, batch=2, dtype=dtype, device=DEVICE)
     q[1, 1, -1] = torch.nan
     own = layout.square_tokens(tile, q.device)
     exact = layout.square_means(q[:, :, prefix:].double(), tile) @ k[:, :, prefix:].double().mT
     scores = torch.full_like(exact, torch.nan, dtype=torch.float32)
-    indices = triton_pooled.select_pooled(q, k, layout, tile, budget, prefix, scores)
+    indices = triton_tiles.select_pooled(q, k, layout, tile, budget, prefix, scores)
     # 16-bit inputs give means in their own dtype and scores in bf16
     eps = 1e-6 if dtype == torch.float32 else torch.finfo(torch.bfloat16).eps
     assert torch.equal(scores.isnan(), exact.isnan())
@@ -168,6 +168,43 @@ def test_pooled_scores_and_their_selection(
     every = torch.nn.functional.pad(scores, (prefix, 0))
     expected = select_topk(every, budget, forced=prefix, own=own, backend="reference")
     assert torch.equal(indices, expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])])
+@pytest.mark.parametrize(
+    ("patches", "prefix", "tile", "pool", "summary", "head_dim", "budget"),
+    [
+        (62, 1, 4, 2, 3, 16, 9),
+        (62, 5, 8, 8, 4, 24, 20),
+        (16, 0, 2, 1, 2, 8, 3),
+        (196, 2, 14, 7, 2, 64, 30),
+        (196, 40, 6, 2, 4, 16, 50),  # more prefix keys than one step takes, nine squares in a tile
+    ],
+)
+@pytest.mark.parametrize("rows_at_once", [None, 3])
+def test_impact_scores_and_their_selection(
+    dtype, patches, prefix, tile, pool, summary, head_dim, budget, rows_at_once, monkeypatch
+):
+    if rows_at_once:
+        monkeypatch.setattr(triton_tiles, "scratch_rows", lambda *sizes: rows_at_once)
+    layout, scale = layout_of(patches, prefix), head_dim**-0.5
+    q, k, v = make_qkv(layout, head_dim=head_dim, batch=2, dtype=dtype, device=DEVICE)
+    q[1, 1, -1], v[0, 1, -2] = torch.nan, torch.nan
+    v[0, 0, prefix : prefix + 2] = 0.0
+    spec = ListSpec(layout, tile, budget, prefix, scale, summary=summary)
+    exact = ImpactScorer(pool).scores(q.double(), k.double(), v.double(), spec)[..., prefix:]
+    scores = torch.full_like(exact, torch.nan, dtype=torch.float32)
+    geometry = (layout, tile, pool, summary, scale)
+    indices = triton_tiles.select_impact(q, k, v, *geometry, budget, prefix, scores)
+    # 16-bit inputs give mean queries in their own dtype and scores in fp16
+    eps = 2e-6 if dtype == torch.float32 else torch.finfo(torch.bfloat16 if GPU else dtype).eps
+    assert torch.equal(scores.isnan(), exact.isnan())
+    largest = exact.nan_to_num(neginf=0.0).abs().max()
+    assert (scores - exact).nan_to_num().abs().max() <= eps * largest
+    every = torch.nn.functional.pad(scores, (prefix, 0))
+    own = layout.square_tokens(tile, q.device)
+    assert torch.equal(indices, select_topk(every, budget, forced=prefix, own=own, backend="reference"))
 
 
 @needs_triton
@@ -182,8 +219,10 @@ def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch):
 def test_operators():
     scores, own = torch.randn(1, 2, 3, 9, device=DEVICE), torch.arange(3, device=DEVICE).unsqueeze(1)
     torch.library.opcheck(torch.ops.sparsifiner.select_topk, (scores, 4, 1, own))
-    q, k, _ = make_qkv(layout_of(16, 1), device=DEVICE)
+    q, k, v = make_qkv(layout_of(16, 1), device=DEVICE)
     torch.library.opcheck(torch.ops.sparsifiner.select_pooled, (q, k, 4, 4, 1, 2, 5, 1))
+    impact = (q, k, v, 4, 4, 1, 2, 1, 2, 0.25, 5, 1)
+    torch.library.opcheck(torch.ops.sparsifiner.select_impact, impact)
     scorer = lowrank_scorer(layout_of(16, 1), 16, 4, 2)
     weights = [scorer.query.weight, scorer.query.bias, scorer.key.weight, scorer.key.bias, scorer.down]
     weights = [weight.detach() for weight in (*weights, scorer.up.mT)]

@@ -86,7 +86,7 @@ def test_the_adapter_carries_the_scorer(capsys, trained):
     assert code == 0, err
     assert len(json.loads(out)["mask_recall"]) == 2
     for preset, message in (
-        ("fast", "but scorer='pooled'; use preset='paper'"),
+        ("fast", "but scorer='impact'; use preset='paper'"),
         ("dense", "but preset='dense'"),
     ):
         code, _, err = run(capsys, "eval", *options, *adapter, "--preset", preset)

@@ -187,10 +187,10 @@ class TestFactors:
 
     def test_products_of_the_factors_are_the_scores(self):
         scorer = self.make_scorer()
-        q, k, _ = make_qkv(self.layout, dtype=torch.float64)
+        q, k, v = make_qkv(self.layout, dtype=torch.float64)
         spec = ListSpec(self.layout, tile=1, budget=3, forced=0, scale=SCALE)
         coefficients, basis = scorer.factors(q, k, self.layout, 1)
-        assert relative_error(coefficients @ basis.mT, scorer.scores(q, k, spec)) < 1e-12
+        assert relative_error(coefficients @ basis.mT, scorer.scores(q, k, v, spec)) < 1e-12
 
     def test_other_scorers_have_no_factors(self):
         q, k, _ = make_qkv(self.layout)

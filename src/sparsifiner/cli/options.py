@@ -52,9 +52,11 @@ class SparsityOptions:
     Attributes:
         preset: "fast" (training-free), "paper" (learned scorer, one key list per query) or "dense".
         keep: share of keys per list in (0, 1], or one per layer: '[0.5, 0.1]'.
+        profile: how one number is spread over the layers, "even" or "falling".
         tile: side in patches of the square of queries that share a key list.
         summary: side in patches of the summary windows, "auto", or "none".
         scorer: who chooses the keys.
+        pool: side in patches of the squares whose mean queries score for "impact".
         share: consecutive layers that attend by the lists of the first of them.
         backend: "auto", "reference", "torch" or, on a GPU, "triton".
         min_tokens: layers that see fewer tokens stay dense.
@@ -68,9 +70,11 @@ class SparsityOptions:
 
     preset: Literal["fast", "paper", "dense"] = "fast"
     keep: float | list[float] | None = None
+    profile: Literal["even", "falling"] | None = None
     tile: int | None = None
     summary: int | Literal["auto", "none"] | None = None
-    scorer: Literal["lowrank", "pooled", "oracle", "window", "strided", "random"] | None = None
+    scorer: Literal["lowrank", "impact", "pooled", "oracle", "window", "strided", "random"] | None = None
+    pool: int | None = None
     share: int | None = None
     backend: str | None = None
     min_tokens: int | None = None

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,6 +24,9 @@ class AgainstDense:
         interval: half width of the paired 95 % interval of the difference, in points.
         agreement: share of images with the same first class, in percent.
         logit_kl: mean KL(dense ‖ model) of the class probabilities, in nats.
+        token_cosine: mean cosine of the patch tokens behind the final norm with those of the twin, what a
+            detection or segmentation head would see; None for models without such tokens.
+        token_error: mean distance of those tokens from the twin's, as a share of their length.
         dense_images_per_second: speed of the twin in the same run.
     """
 
@@ -31,6 +35,8 @@ class AgainstDense:
     interval: float
     agreement: float
     logit_kl: float
+    token_cosine: float | None
+    token_error: float | None
     dense_images_per_second: float
 
 
@@ -83,6 +89,7 @@ def evaluate(
     runs = {"model": _Run(model, device, amp_dtype)}
     if dense is not None:
         runs["dense"] = _Run(dense, device, amp_dtype)
+    tokens = _TokenDistance()
     labels: list[Tensor] = []
     bar = tqdm(batches, desc="evaluating", unit="batch", disable=None if progress else True, leave=False)
     hits = seen = 0
@@ -94,6 +101,8 @@ def evaluate(
         labels.append(label)
         for run in runs.values():
             run.step(images)
+        if dense is not None:
+            tokens.add(runs["model"].tokens, runs["dense"].tokens)
         hits += int((runs["model"].logits[-1].argmax(1) == label).sum())
         seen += len(label)
         bar.set_postfix(top1=f"{100 * hits / seen:.2f}", refresh=False)
@@ -109,8 +118,30 @@ def evaluate(
         top1=_percent(right),
         top5=_percent(top5),
         images_per_second=len(label) / runs["model"].seconds,
-        against_dense=_compare(logits, right, label, runs["dense"]) if dense is not None else None,
+        against_dense=_compare(logits, right, label, runs["dense"], tokens) if dense is not None else None,
     )
+
+
+class _TokenDistance:
+    """How far patch tokens are from those of the dense twin, image by image."""
+
+    def __init__(self) -> None:
+        self.cosines: list[Tensor] = []
+        self.errors: list[Tensor] = []
+
+    def add(self, tokens: Tensor | None, dense: Tensor | None) -> None:
+        """Takes patch tokens [B, patches, C] of one batch, None if there are none."""
+        if tokens is None or dense is None:
+            return
+        tokens, dense = tokens.double(), dense.double()
+        self.cosines.append(F.cosine_similarity(tokens, dense, dim=-1).mean(1).cpu())
+        self.errors.append(((tokens - dense).norm(dim=-1) / dense.norm(dim=-1)).mean(1).cpu())
+
+    def means(self) -> tuple[float | None, float | None]:
+        """Mean cosine and mean relative distance."""
+        if not self.cosines:
+            return None, None
+        return torch.cat(self.cosines).mean().item(), torch.cat(self.errors).mean().item()
 
 
 class _Run:
@@ -122,10 +153,16 @@ class _Run:
         self.amp_dtype = amp_dtype
         self.logits: list[Tensor] = []
         self.seconds = 0.0
+        self.tokens: Tensor | None = None
 
     def compute(self, images: Tensor) -> Tensor:
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            logits: Tensor = self.model(images)
+            if isinstance(self.model, VisionTransformer):
+                features = self.model.forward_features(images)
+                self.tokens = features[:, self.model.num_prefix_tokens :]
+                logits: Tensor = self.model.forward_head(features)
+            else:
+                logits = self.model(images)
         return logits.float().cpu()  # the copy waits for a GPU
 
     def step(self, images: Tensor) -> None:
@@ -134,19 +171,24 @@ class _Run:
         self.seconds += time.perf_counter() - start
 
 
-def _compare(logits: Tensor, right: Tensor, label: Tensor, dense: _Run) -> AgainstDense:
+def _compare(
+    logits: Tensor, right: Tensor, label: Tensor, dense: _Run, tokens: _TokenDistance
+) -> AgainstDense:
     dense_logits = torch.cat(dense.logits)
     dense_right = dense_logits.argmax(1) == label
     difference = right.double() - dense_right.double()
     spread = difference.std() if len(label) > 1 else torch.zeros(())
     log_probability, dense_log_probability = (x.double().log_softmax(1) for x in (logits, dense_logits))
     divergence = F.kl_div(log_probability, dense_log_probability, log_target=True, reduction="none").sum(1)
+    token_cosine, token_error = tokens.means()
     return AgainstDense(
         dense_top1=_percent(dense_right),
         difference=100 * difference.mean().item(),
         interval=100 * _NORMAL_95 * (spread / len(label) ** 0.5).item(),
         agreement=_percent(logits.argmax(1) == dense_logits.argmax(1)),
         logit_kl=divergence.mean().item(),
+        token_cosine=token_cosine,
+        token_error=token_error,
         dense_images_per_second=len(label) / dense.seconds,
     )
 

@@ -73,7 +73,7 @@ class OpsBenchmark:
     tile: int = 8
     summary: int | Literal["auto", "none"] | None = 8
     share: int = 1
-    scorer: Literal["pooled", "lowrank"] = "pooled"
+    scorer: Literal["pooled", "impact", "lowrank"] = "pooled"
     backend: str = "auto"
     backward: bool = False
     device: str = "auto"
@@ -140,8 +140,10 @@ class Case:
         """The lists wanted."""
         config, N = self.config, self.layout.tokens
         forced = forced_prefix(self.layout.prefix, config.tile, config.summary)
-        budget = key_budget(exact_ratio(config.keep_of(0)), N, forced)
-        return ListSpec(self.layout, config.tile, budget, forced, head_dim**-0.5, config.backend)
+        budget = key_budget(exact_ratio(config.keep_of(0, 1)), N, forced)
+        return ListSpec(
+            self.layout, config.tile, budget, forced, head_dim**-0.5, config.backend, self.summary
+        )
 
 
 def benchmark_operations(settings: OpsBenchmark) -> Iterator[list[Row]]:
@@ -188,7 +190,7 @@ def _measure(case: Case, settings: OpsBenchmark, device: torch.device, source: R
         return sparse_attention(q, k, v, held[0], case.summary, backend=spec.backend)
 
     def score_and_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        held[:] = [scorer(q, k, spec)]
+        held[:] = [scorer(q, k, v, spec)]
         return share_lists(q, k, v)
 
     everything = [share_lists if layer % settings.share else score_and_attend for layer in range(len(sets))]
@@ -196,14 +198,14 @@ def _measure(case: Case, settings: OpsBenchmark, device: torch.device, source: R
     @torch.no_grad()
     def result_and_lists() -> tuple[Tensor, Connectivity]:
         q, k, v = sets[0]
-        connectivity = scorer(q, k, spec)
+        connectivity = scorer(q, k, v, spec)
         return sparse_attention(q, k, v, connectivity, case.summary, backend=spec.backend), connectivity
 
     visits = (spec.budget + case.windows) / case.layout.tokens
-    lists = [scorer(q, k, spec) for q, k, _ in sets]
+    lists = [scorer(q, k, v, spec) for q, k, v in sets]
     details = {"key_visits": visits}
     shared: dict[str, Any] = {"whole": False, "required": True, "details": details}
-    select = [functools.partial(scorer, q, k, spec) for q, k, _ in sets]
+    select = [functools.partial(scorer, q, k, v, spec) for q, k, v in sets]
     attend = [
         functools.partial(sparse_attention, *inputs, each, summary=case.summary, backend=spec.backend)
         for inputs, each in zip(sets, lists, strict=True)

@@ -63,10 +63,10 @@ def check_operation(
     Raises:
         ParityError: the backend is further off than that.
     """
-    q, k, _ = inputs
-    connectivity = scorer(q, k, spec)
+    q, k, v = inputs
+    connectivity = scorer(q, k, v, spec)
     last = Connectivity(connectivity.indices[-1:, -1:], spec.layout.grid, spec.tile, spec.layout.prefix)
-    expected = scorer(q[-1:, -1:], k[-1:, -1:], replace(spec, backend="reference"))
+    expected = scorer(q[-1:, -1:], k[-1:, -1:], v[-1:, -1:], replace(spec, backend="reference"))
     where = f"N={spec.layout.tokens}, {str(q.dtype).removeprefix('torch.')}; nothing was timed"
     agreement = _agreement(last.indices, expected.indices, spec.layout.tokens)
     if not agreement >= _LEAST_AGREEMENT:

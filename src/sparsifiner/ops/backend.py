@@ -15,7 +15,10 @@ HAS_TRITON = find_spec("triton") is not None
 
 # Kernels that were measured to be faster than operations of torch: "auto" takes these.
 _FASTER = {
-    "cuda": ("triton", frozenset({"select_topk", "select_lowrank"})),
+    "cuda": (
+        "triton",
+        frozenset({"select_topk", "select_lowrank", "select_pooled", "sparse_attention"}),
+    ),
     "cpu": ("cpu", frozenset({"select_topk", "select_lowrank", "sparse_attention"})),
 }
 

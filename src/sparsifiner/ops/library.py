@@ -27,7 +27,7 @@ LARGEST_PAIRS = 65_535
 
 if HAS_TRITON:
     from sparsifiner.ops.select import triton_backend as triton_select
-    from sparsifiner.ops.select import triton_lowrank, triton_pooled
+    from sparsifiner.ops.select import triton_lowrank, triton_tiles
     from sparsifiner.ops.sparse_attention import triton_backend as triton_attention
 
     assert triton_select.LARGEST_BLOCK == LOWRANK_TOKENS
@@ -135,7 +135,7 @@ def select_pooled(
     """Lists of the scores tile-mean q · k; q and k [B, H, N, d]."""
     layout = TokenLayout((grid_height, grid_width), prefix)
     with _device_of(q):
-        return triton_pooled.select_pooled(q, k, layout, tile, budget, forced)
+        return triton_tiles.select_pooled(q, k, layout, tile, budget, forced)
 
 
 @select_pooled.register_fake
@@ -146,6 +146,46 @@ def _(
     grid_width: int,
     prefix: int,
     tile: int,
+    budget: int,
+    forced: int,
+) -> Tensor:
+    rows = TokenLayout((grid_height, grid_width), prefix).squares(tile)
+    return q.new_empty((*q.shape[:2], rows, budget), dtype=torch.int32)
+
+
+@torch.library.custom_op("sparsifiner::select_impact", mutates_args=())
+def select_impact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid_height: int,
+    grid_width: int,
+    prefix: int,
+    tile: int,
+    pool: int,
+    summary: int,
+    scale: float,
+    budget: int,
+    forced: int,
+) -> Tensor:
+    """Lists of the scores of `ImpactScorer`; q, k and v [B, H, N, d]."""
+    layout = TokenLayout((grid_height, grid_width), prefix)
+    with _device_of(q):
+        return triton_tiles.select_impact(q, k, v, layout, tile, pool, summary, scale, budget, forced)
+
+
+@select_impact.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid_height: int,
+    grid_width: int,
+    prefix: int,
+    tile: int,
+    pool: int,
+    summary: int,
+    scale: float,
     budget: int,
     forced: int,
 ) -> Tensor:
@@ -377,6 +417,26 @@ def _(
 ) -> int:
     B, H, N, d = q
     return 2 * int(B * H * TokenLayout((grid_height, grid_width), prefix).squares(tile) * N * d)
+
+
+@register_flop_formula(torch.ops.sparsifiner.select_impact)
+def _(
+    q: torch.Size,
+    k: torch.Size,
+    v: torch.Size,
+    grid_height: int,
+    grid_width: int,
+    prefix: int,
+    tile: int,
+    pool: int,
+    summary: int,
+    *rest: Any,
+    **unused: Any,
+) -> int:
+    B, H, N, d = q
+    layout = TokenLayout((grid_height, grid_width), prefix)
+    mass_keys = 0 if pool == tile else prefix + layout.squares(summary)
+    return 2 * int(B * H * layout.squares(pool) * (N + mass_keys) * d)
 
 
 @register_flop_formula([torch.ops.sparsifiner.select_lowrank, torch.ops.sparsifiner.select_lowrank_cpu])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.layout import TokenLayout
 from sparsifiner.scorers.base import ListSpec, Scorer
+from sparsifiner.scorers.impact import ImpactScorer
 from sparsifiner.scorers.lowrank import LowRankScorer
 from sparsifiner.scorers.patterns import OracleScorer, RandomScorer, StridedScorer, WindowScorer
 from sparsifiner.scorers.pooled import PooledScorer
@@ -12,6 +13,7 @@ from sparsifiner.scorers.shared import BorrowingScorer, SharedLists
 
 __all__ = [
     "BorrowingScorer",
+    "ImpactScorer",
     "ListSpec",
     "LowRankScorer",
     "OracleScorer",
@@ -46,6 +48,8 @@ def make_scorer(
     """
     if config.scorer == "lowrank":
         return LowRankScorer(layout, num_heads, head_dim, config)
+    if config.scorer == "impact":
+        return ImpactScorer(config.pool)
     if config.scorer == "random":
         return RandomScorer(config.seed, layer)
     return _WITHOUT_OPTIONS[config.scorer]()

@@ -32,6 +32,7 @@ class ListSpec:
         forced: prefix keys that are in every list.
         scale: factor of the layer's logits.
         backend: backend of the selection.
+        summary: side of the windows whose means stand for the keys that a list lacks, None for none.
     """
 
     layout: TokenLayout
@@ -40,6 +41,7 @@ class ListSpec:
     forced: int
     scale: float
     backend: str = "auto"
+    summary: int | None = None
 
     @property
     def rows(self) -> int:
@@ -57,12 +59,13 @@ class Scorer(nn.Module):
     FUSED_OP = ""  # the operator that scores and selects at once, if there is one
 
     @abstractmethod
-    def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
+    def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """Prepares what all rows share and returns the function that scores rows.
 
         Args:
             q: [B, H, N, d] unscaled queries, prefix included.
             k: [B, H, N, d] keys.
+            v: [B, H, N, d] values.
             spec: the lists wanted.
         """
 
@@ -90,12 +93,13 @@ class Scorer(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} has nothing to learn; train a low-rank scorer")
 
-    def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec, backend: str) -> Tensor | None:
+    def fused_lists(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str) -> Tensor | None:
         """Lists from kernels that keep the scores to themselves; None where scores must be written.
 
         Args:
             q: [B, H, N, d] unscaled queries, prefix included.
             k: [B, H, N, d] keys.
+            v: [B, H, N, d] values.
             spec: the lists wanted.
             backend: "triton" or "cpu".
 
@@ -109,18 +113,19 @@ class Scorer(nn.Module):
         return spec.layout.tokens
 
     @torch.no_grad()
-    def scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> Tensor:
         """All scores at once, [B or 1, H, rows, N]: for tests and pictures."""
         with without_autocast(q.device):
-            return self.row_scores(q, k, spec)(0, spec.rows)
+            return self.row_scores(q, k, v, spec)(0, spec.rows)
 
     @torch.no_grad()
-    def forward(self, q: Tensor, k: Tensor, spec: ListSpec) -> Connectivity:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> Connectivity:
         """Key lists of one layer; they carry no gradient.
 
         Args:
             q: [B, H, N, d] unscaled queries, prefix included.
             k: [B, H, N, d] keys.
+            v: [B, H, N, d] values.
             spec: the lists wanted.
         """
         B, H = q.shape[:2]
@@ -130,11 +135,11 @@ class Scorer(nn.Module):
         with without_autocast(q.device):
             if self.FUSED_OP:
                 chosen = resolve_backend(spec.backend, self.FUSED_OP, q.device)
-                fused = self.fused_lists(q, k, spec, chosen) if chosen in {"triton", "cpu"} else None
+                fused = self.fused_lists(q, k, v, spec, chosen) if chosen in {"triton", "cpu"} else None
                 if fused is not None:
                     return Connectivity(fused, spec.layout.grid, spec.tile, spec.layout.prefix)
             own = spec.layout.square_tokens(spec.tile, q.device)
-            scores = self.row_scores(q, k, spec)
+            scores = self.row_scores(q, k, v, spec)
             lists = [
                 select_topk(
                     scores(start, min(start + chunk, spec.rows)),

@@ -110,7 +110,7 @@ class LowRankScorer(Scorer):
         sparse = largest.values.new_zeros(*largest.values.shape[:-1], self.up.shape[1])
         return sparse.scatter(-1, largest.indices, largest.values), self.basis(layout)
 
-    def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
+    def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
         largest = self._largest_coefficients(q, k, spec.layout, spec.tile)
         basis = self.basis(spec.layout).to(largest.values.dtype).mT.contiguous()  # [K, N]
@@ -133,7 +133,7 @@ class LowRankScorer(Scorer):
 
         return scores
 
-    def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec, backend: str) -> Tensor | None:
+    def fused_lists(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str) -> Tensor | None:
         """See `Scorer.fused_lists`."""
         if self.legacy or library.why_no_kernel(backend, q):
             return None
@@ -169,11 +169,11 @@ class LowRankScorer(Scorer):
         return num_heads * per_head
 
     @torch.no_grad()
-    def forward(self, q: Tensor, k: Tensor, spec: ListSpec) -> Connectivity:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> Connectivity:
         """See `Scorer.forward`; the legacy switch selects as the released code did."""
         if not self.legacy:
-            return super().forward(q, k, spec)
-        indices = self.scores(q, k, spec).topk(spec.budget, -1).indices.sort(-1).values.int()
+            return super().forward(q, k, v, spec)
+        indices = self.scores(q, k, v, spec).topk(spec.budget, -1).indices.sort(-1).values.int()
         return Connectivity(indices, spec.layout.grid, spec.tile, spec.layout.prefix)
 
     def extra_repr(self) -> str:

@@ -19,7 +19,7 @@ class _FixedScorer(Scorer):
 class WindowScorer(_FixedScorer):
     """The keys nearest to the centre of the tile; prefix keys count as nearest."""
 
-    def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
+    def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
         layout = spec.layout
         patch = torch.arange(layout.patches, device=q.device)
@@ -41,7 +41,7 @@ class StridedScorer(_FixedScorer):
         Child et al., "Generating Long Sequences with Sparse Transformers", 2019: the strided pattern.
     """
 
-    def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
+    def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
         N = spec.layout.tokens
         stride = -(-N // spec.budget)
@@ -72,7 +72,7 @@ class RandomScorer(_FixedScorer):
         """See `Scorer.configure`."""
         self.seed = config.seed
 
-    def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
+    def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
         N, H = spec.layout.tokens, q.shape[1]
         stream = _hash(_hash(torch.tensor(self.seed, device=q.device)) + self.layer)
@@ -110,7 +110,7 @@ class OracleScorer(Scorer):
     It computes the whole dense attention, so it serves to compare, never to save.
     """
 
-    def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
+    def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
         accurate = accumulation_dtype(q.dtype)
         layout = spec.layout

@@ -15,14 +15,14 @@ class PooledScorer(Scorer):
 
     FUSED_OP = "select_pooled"
 
-    def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
+    def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
         accurate = accumulation_dtype(q.dtype)
         query = spec.layout.square_means(q[:, :, spec.layout.prefix :].to(accurate), spec.tile)
         key = k.to(accurate).mT
         return lambda start, stop: query[:, :, start:stop] @ key
 
-    def fused_lists(self, q: Tensor, k: Tensor, spec: ListSpec, backend: str) -> Tensor | None:
+    def fused_lists(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str) -> Tensor | None:
         """See `Scorer.fused_lists`; on a CPU the scores are few and written."""
         if backend == "cpu" or library.why_no_kernel(backend, q) or spec.tile == 1:
             return None

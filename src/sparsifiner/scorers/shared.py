@@ -57,7 +57,7 @@ class BorrowingScorer(Scorer):
         self.lists = lists
         self.is_last = is_last
 
-    def row_scores(self, q: Tensor, k: Tensor, spec: ListSpec) -> RowScores:
+    def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`.
 
         Raises:
@@ -66,7 +66,7 @@ class BorrowingScorer(Scorer):
         raise TypeError("this layer shares the lists of an earlier one and has no scores of its own")
 
     @torch.no_grad()
-    def forward(self, q: Tensor, k: Tensor, spec: ListSpec) -> Connectivity:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> Connectivity:
         """See `Scorer.forward`: the lists that are there."""
         connectivity = self.lists.get()
         if self.is_last:

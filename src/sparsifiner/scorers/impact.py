@@ -1,0 +1,126 @@
+"""How much a tile's result would change without a key: training-free, and better than a pooled score."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsifiner.config import SparsifyConfig
+from sparsifiner.layout import TokenLayout
+from sparsifiner.ops import library
+from sparsifiner.ops.precision import accumulation_dtype
+from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
+
+
+class ImpactScorer(Scorer):
+    """Scores a key by its attention probability, times how far its value is from what stands for it.
+
+    ```
+    q̄_s         = mean query of square s of `pool` x `pool` queries
+    K̄_w, V̄_w    = mean key and value of window w, of n_w patches
+    Z_s         = Σ_prefix exp(q̄_s·k · scale) + Σ_w n_w exp(q̄_s·K̄_w · scale)
+    score[t, j] = max_{s in tile t} (q̄_s·k_j · scale - log Z_s) + log ‖v_j - V̄_w(j)‖
+    ```
+
+    Where a tile is one square Z_s changes no order and is left out.
+
+    Windows are those of the summaries; without summaries, those that "auto" would take. A mean over a whole
+    tile hides what few of its queries look for, so that squares smaller than the tile score. It costs
+    1 / pool² of QKᵀ, and the windows their share of that.
+
+    Args:
+        pool: side of the squares in patches, a divisor of the tile; None for half of it, all of an odd one.
+    """
+
+    FUSED_OP = "select_impact"
+
+    def __init__(self, pool: int | None) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def configure(self, config: SparsifyConfig) -> None:
+        """See `Scorer.configure`."""
+        self.pool = config.pool
+
+    def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
+        """See `Scorer.row_scores`."""
+        query, log_mass, log_deviation = self.parts(q, k, v, spec)
+        squares = self._squares(spec, q.device)
+        key = k.to(query.dtype).mT
+
+        def scores(start: int, stop: int) -> Tensor:
+            rows = squares[start:stop]
+            logits = query[:, :, rows].flatten(2, 3) @ key * spec.scale  # [B, H, rows * m, N]
+            logits = logits.view(*query.shape[:2], *rows.shape, k.shape[2])
+            if log_mass is not None:
+                logits = logits - log_mass[:, :, rows, None]
+            return logits.amax(3) + log_deviation[:, :, None]
+
+        return scores
+
+    def parts(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> tuple[Tensor, Tensor | None, Tensor]:
+        """What scores are made of, in fp32 or better.
+
+        Args:
+            q: [B, H, N, d] unscaled queries.
+            k: [B, H, N, d] keys.
+            v: [B, H, N, d] values.
+            spec: the lists wanted.
+
+        Returns:
+            q̄ [B, H, squares, d], log Z [B, H, squares] if it is needed, and the log of each value's distance
+            [B, H, N], 0 for prefix tokens.
+        """
+        layout, prefix = spec.layout, spec.layout.prefix
+        accurate = accumulation_dtype(q.dtype)
+        side = self._window_side(spec)
+        query = layout.square_means(q[:, :, prefix:].to(accurate), self.pool_side(spec))
+        log_mass = None
+        if self.pool_side(spec) < spec.tile:
+            mean_key = layout.square_means(k[:, :, prefix:].to(accurate), side)
+            size = layout.square_sizes(side, q.device).to(accurate)
+            of_prefix = query @ k[:, :, :prefix].to(accurate).mT * spec.scale
+            of_windows = query @ mean_key.mT * spec.scale + size.log()
+            log_mass = torch.cat([of_prefix, of_windows], -1).logsumexp(-1)
+        value = v[:, :, prefix:].to(accurate)
+        window = layout.square_of_token(torch.arange(prefix, layout.tokens, device=q.device), side)
+        deviation = value - layout.square_means(value, side)[:, :, window]
+        return query, log_mass, F.pad(deviation.norm(dim=-1).log(), (prefix, 0))
+
+    def pool_side(self, spec: ListSpec) -> int:
+        """Side of the squares whose mean queries score."""
+        return self.pool or (spec.tile if spec.tile % 2 else spec.tile // 2)
+
+    @staticmethod
+    def _window_side(spec: ListSpec) -> int:
+        return spec.summary or spec.layout.auto_summary()
+
+    def _squares(self, spec: ListSpec, device: torch.device) -> Tensor:
+        """Squares of each tile, int64 [rows, m]; tiles at the edges name one more than once."""
+        pool = self.pool_side(spec)
+        of_tile = TokenLayout(spec.layout.square_grid(pool)).square_tokens(spec.tile // pool, device)
+        return torch.where(of_tile < 0, of_tile[:, :1], of_tile)
+
+    def fused_lists(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str) -> Tensor | None:
+        """See `Scorer.fused_lists`; on a CPU the scores are few and written."""
+        if backend == "cpu" or library.why_no_kernel(backend, q) or spec.tile == 1:
+            return None
+        layout, pool = spec.layout, self.pool_side(spec)
+        geometry = (*layout.grid, layout.prefix, spec.tile, pool, self._window_side(spec))
+        listed: Tensor = library.select_impact(q, k, v, *geometry, spec.scale, spec.budget, spec.forced)
+        return listed
+
+    def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
+        """See `Scorer.macs`: products of mean queries with all keys, and with prefix and windows for Z."""
+        layout, pool = spec.layout, self.pool_side(spec)
+        keys = layout.tokens
+        if pool < spec.tile:
+            keys += layout.prefix + layout.squares(self._window_side(spec))
+        return num_heads * layout.squares(pool) * keys * head_dim
+
+    def elements_per_row(self, spec: ListSpec) -> int:
+        """See `Scorer.elements_per_row`: all squares of a tile."""
+        return spec.layout.tokens * (spec.tile // self.pool_side(spec)) ** 2
+
+    def extra_repr(self) -> str:
+        """Side of the squares."""
+        return f"pool={self.pool}"

@@ -1,0 +1,275 @@
+"""Calibration: how many keys each layer needs, measured against the dense twin on a few images."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from sparsifiner.attention import SparseAttention
+from sparsifiner.config import SparsifyConfig, change_config
+from sparsifiner.connectivity import exact_ratio
+from sparsifiner.layout import TokenLayout
+from sparsifiner.patch import sparse_layers, sparsify
+
+# List lengths at which a layer is measured, as multiples of the mean length that is asked for.
+_MULTIPLES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+# Lengths among which each layer's is chosen; between measured ones errors are interpolated.
+_LENGTHS_PER_LAYER = 256
+_EVERY_KEY = (1, 1)
+
+Match = Literal["logits", "tokens"]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured and chosen.
+
+    Attributes:
+        keep: share of the keys that each layer lists now.
+        budgets: the same in keys.
+        budgets_before: keys that each layer listed before.
+        images: how many were used.
+        match: what errors are of: "logits" (mean KL(dense ‖ sparse) in nats) or "tokens" (mean relative
+            distance of the final patch tokens).
+        error_before: error with the budgets of before.
+        error: error with those that were chosen.
+        lengths: list lengths at which every layer was measured.
+        layer_errors: error with one layer sparse and all others dense: one row per layer, one column per
+            length.
+    """
+
+    keep: tuple[float, ...]
+    budgets: tuple[int, ...]
+    budgets_before: tuple[int, ...]
+    images: int
+    match: Match
+    error_before: float
+    error: float
+    lengths: tuple[int, ...]
+    layer_errors: tuple[tuple[float, ...], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain numbers."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    images: Iterable[Tensor],
+    *,
+    match: Match = "logits",
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> Calibration:
+    """Spreads the keys of a sparse model over its layers so that it comes nearest to its dense twin.
+
+    The sum over the layers stays what it was, and so do the MACs. Layers are measured one at a time, all
+    others dense: their errors nearly add up. The weights are not touched, and no labels are needed. If what
+    is chosen is no better than what was there, that stays.
+
+    Args:
+        model: a sparse model in evaluation mode; its configuration is changed in place.
+        images: batches [B, 3, H, W] of one size; some forty images are enough.
+        match: "logits", or "tokens" for models whose patch tokens are used.
+        device: where the model is.
+        progress: show a progress bar on a terminal.
+
+    Returns:
+        What was measured and chosen.
+
+    Raises:
+        ValueError: the model is not sparse, is in training, shares lists, has no classes to match, or there
+            is no image.
+    """
+    layers = sparse_layers(model)
+    assert isinstance(model, VisionTransformer)
+    config = layers[0].config
+    _check(model, config, match)
+    batches = [batch.to(device) for batch in images]
+    if not batches:
+        raise ValueError("images: there is no image to calibrate on")
+    layout = TokenLayout(layers[0].grid.current(), layers[0].prefix)
+    before = [_budget(layer, layout) for layer in layers]
+    total = sum(before)
+    # every list holds its forced keys and one more
+    least = min(_budget(layer, layout, (1, 10**6)) for layer in layers)
+    lengths = _lengths(total / len(layers), least, layout.tokens)
+    rows = [[0.0] * len(lengths) for _ in layers]
+    error_before = 0.0
+    count = sum(map(len, batches))
+    bar = tqdm(batches, desc="calibrating", unit="batch", disable=None if progress else True, leave=False)
+    with _restored(layers):
+        for batch in bar:
+            share = len(batch) / count
+            error_before += share * _error_of(model, layers, batch, [layer.keep for layer in layers], match)
+            for row, errors in zip(
+                rows, _layer_errors(model, layers, batch, lengths, layout, match), strict=True
+            ):
+                for column, error in enumerate(errors):
+                    row[column] += share * error
+        chosen = choose_budgets(rows, lengths, total, least, layout.tokens)
+        keeps = [exact_ratio(budget / layout.tokens) for budget in chosen]
+        error = sum(len(batch) / count * _error_of(model, layers, batch, keeps, match) for batch in batches)
+    if error < error_before:
+        keep = [budget / layout.tokens for budget in chosen]
+    else:
+        chosen, error = before, error_before
+        keep = [min(1.0, config.keep_of(layer.layer, layer.depth)) for layer in layers]
+    sparsify(model, change_config(config, keep=keep))
+    return Calibration(
+        keep=tuple(keep),
+        budgets=tuple(chosen),
+        budgets_before=tuple(before),
+        images=count,
+        match=match,
+        error_before=error_before,
+        error=error,
+        lengths=tuple(lengths),
+        layer_errors=tuple(map(tuple, rows)),
+    )
+
+
+def choose_budgets(
+    errors: Sequence[Sequence[float]], lengths: Sequence[int], total: int, least: int, tokens: int
+) -> list[int]:
+    """List lengths, one per layer, of the smallest summed error that together do not exceed `total`.
+
+    Errors between the measured lengths are interpolated over the logarithm of the length; no longer list is
+    taken to be worse, and a list of every key has no error. A price per key turns the problem into one per
+    layer; the price is searched for.
+
+    Args:
+        errors: one row per layer, one column per length.
+        lengths: ascending.
+        total: keys of all layers together.
+        least: keys that every list has.
+        tokens: keys that a list can have.
+    """
+    steps = torch.linspace(math.log(least), math.log(tokens), _LENGTHS_PER_LAYER, dtype=torch.float64)
+    candidates = torch.unique(steps.exp().round())  # ascending
+    measured = torch.tensor([*lengths, tokens], dtype=torch.float64)
+    table = torch.tensor([[*row, 0.0] for row in errors], dtype=torch.float64).cummin(1).values
+    curves = torch.stack([_interpolate(candidates.log(), measured.log(), row) for row in table])
+
+    def cheapest(price: float) -> Tensor:
+        lengths: Tensor = candidates[(curves + price * candidates).argmin(1)]
+        return lengths
+
+    low, high = 0.0, float(table.max()) + 1.0  # at the highest price no key is worth it
+    for _ in range(60):
+        price = (low + high) / 2
+        low, high = (low, price) if cheapest(price).sum() <= total else (price, high)
+    return [int(length) for length in cheapest(high)]
+
+
+def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Piecewise linear through ascending points, constant beyond them."""
+    right = torch.searchsorted(x, at).clamp(1, len(x) - 1)
+    x0, x1, y0, y1 = x[right - 1], x[right], y[right - 1], y[right]
+    share = ((at - x0) / (x1 - x0)).clamp(0, 1)
+    interpolated: Tensor = y0 + share * (y1 - y0)
+    return interpolated
+
+
+def _check(model: VisionTransformer, config: SparsifyConfig, match: Match) -> None:
+    if model.training:
+        raise ValueError("model is in training mode; call model.eval() first")
+    if config.share > 1:
+        raise ValueError(f"share={config.share}: calibrate needs lists of each layer's own; set share=1")
+    if match == "logits" and not model.num_classes:
+        raise ValueError("match='logits' needs classes, but the model has none; use match='tokens'")
+
+
+def _budget(layer: SparseAttention, layout: TokenLayout, keep: tuple[int, int] | None = None) -> int:
+    """Keys of each list of a layer with its own `keep`, or another."""
+    with _restored([layer]):
+        layer.keep = keep or layer.keep
+        spec = layer.list_spec(layout)
+    return layout.tokens if spec is None else spec.budget
+
+
+def _lengths(mean: float, least: int, tokens: int) -> list[int]:
+    lengths = {min(tokens - 1, max(least, round(multiple * mean))) for multiple in _MULTIPLES}
+    return sorted(lengths)
+
+
+def _layer_errors(
+    model: VisionTransformer,
+    layers: Sequence[SparseAttention],
+    batch: Tensor,
+    lengths: Sequence[int],
+    layout: TokenLayout,
+    match: Match,
+) -> Iterator[list[float]]:
+    """Errors of each layer alone, by length of its lists: what lies before it is computed once."""
+    for layer in layers:
+        layer.keep = _EVERY_KEY
+    inputs: list[Tensor] = []
+    hooks = [
+        block.register_forward_pre_hook(lambda module, args: inputs.append(args[0])) for block in model.blocks
+    ]
+    try:
+        expected = _outcome(model, model.forward_features(batch), match)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for index, layer in enumerate(layers):
+        errors = []
+        for length in lengths:
+            layer.keep = exact_ratio(length / layout.tokens)
+            x = inputs[index]
+            for block in model.blocks[index:]:
+                x = block(x)
+            errors.append(_distance(_outcome(model, model.norm(x), match), expected, match))
+        layer.keep = _EVERY_KEY
+        yield errors
+
+
+def _error_of(
+    model: VisionTransformer,
+    layers: Sequence[SparseAttention],
+    batch: Tensor,
+    keeps: Sequence[tuple[int, int]],
+    match: Match,
+) -> float:
+    """Error with all layers sparse."""
+    outcomes = []
+    for chosen in ([_EVERY_KEY] * len(layers), keeps):
+        with _restored(layers):
+            for layer, keep in zip(layers, chosen, strict=True):
+                layer.keep = keep
+            outcomes.append(_outcome(model, model.forward_features(batch), match))
+    return _distance(outcomes[1], outcomes[0], match)
+
+
+def _outcome(model: VisionTransformer, features: Tensor, match: Match) -> Tensor:
+    """What is compared: log-probabilities [B, classes] or patch tokens [B, patches, C]."""
+    if match == "logits":
+        logits: Tensor = model.forward_head(features)
+        return logits.double().log_softmax(-1)
+    return features[:, model.num_prefix_tokens :].double()
+
+
+def _distance(actual: Tensor, expected: Tensor, match: Match) -> float:
+    if match == "logits":
+        return float(F.kl_div(actual, expected, log_target=True, reduction="batchmean"))
+    return float(((actual - expected).norm(dim=-1) / expected.norm(dim=-1)).mean())
+
+
+@contextmanager
+def _restored(layers: Sequence[SparseAttention]) -> Iterator[None]:
+    """Gives layers their shares back at the end."""
+    keeps = [layer.keep for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, keep in zip(layers, keeps, strict=True):
+            layer.keep = keep
