@@ -35,7 +35,7 @@ def test_command_lines_run(tmp_path, monkeypatch, capsys):
     model = timm.create_model("deit_tiny_patch16_224", num_classes=10)
     save_file(model.state_dict(), "model.safetensors")
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("sparsifiner ")]
-    assert len(lines) == 7
+    assert len(lines) == 8
     (tmp_path / "configs").symlink_to(CONFIGS)
     shorter = "--limit 24 --validation-limit 8 --device cpu"
     for line in lines:

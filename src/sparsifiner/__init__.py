@@ -6,6 +6,7 @@ from sparsifiner import models as models
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.measure.macs import count_macs
+from sparsifiner.models.adapter import load_adapter, save_adapter
 from sparsifiner.patch import desparsify, sparsify, why_not
 from sparsifiner.trace import trace
 
@@ -14,6 +15,8 @@ __all__ = [
     "SparsifyConfig",
     "count_macs",
     "desparsify",
+    "load_adapter",
+    "save_adapter",
     "sparsify",
     "trace",
     "why_not",

@@ -11,12 +11,14 @@ from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from sparsifiner import __version__
 from sparsifiner.cli.bench import bench_model, bench_ops
+from sparsifiner.cli.calibrate import calibrate
 from sparsifiner.cli.commands import demo, evaluate, info, macs, train
 from sparsifiner.measure.parity import ParityError
 
 Command = Callable[..., None]
 COMMANDS: dict[str, Command | dict[str, Command]] = {
     "bench": {"model": bench_model, "ops": bench_ops},
+    "calibrate": calibrate,
     "demo": demo,
     "eval": evaluate,
     "info": info,

@@ -102,7 +102,7 @@ def evaluate(
         mask_recall: measure how much of each layer's dense attention its key lists keep.
         json: print JSON.
     """
-    config = sparsity.to_config()
+    config = sparsity.to_config(weights.adapter)
     chosen = choose_device(device)
     images = open_images(data, split, limit=limit)
     arguments = dict(model.model_args or {})
@@ -177,7 +177,7 @@ def train(
         resume: continue the run in output.
         dry_run: build everything, print the plan, take two steps per stage on random images, keep nothing.
     """
-    config = sparsity.to_config()
+    config = sparsity.to_config(weights.adapter)
     images: ImageSet | None = None
     validation: ImageSet | None = None
     try:
@@ -267,6 +267,8 @@ def _print_accuracy(accuracy: Accuracy) -> None:
         print(f"difference    {against.difference:+.2f} ± {against.interval:.2f} points (paired, 95 %)")
         print(f"agreement     {against.agreement:.2f} %")
         print(f"logit KL      {against.logit_kl:.4f} nats")
+        if against.token_cosine is not None:
+            print(f"patch tokens  cosine {against.token_cosine:.4f}, relative distance {against.token_error:.3f}")
         print(f"dense img/s   {against.dense_images_per_second:.1f}")
 
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from sparsifiner.config import SparsifyConfig, make_config
 from sparsifiner.data import ImageSet, open_images
+from sparsifiner.models.adapter import read_adapter_config
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class WeightOptions:
 
     Attributes:
         weights: file of weights, .safetensors or a torch checkpoint.
-        adapter: file of the scorers' weights alone, as training writes it.
+        adapter: file that calibration wrote, which brings its own configuration, or of the scorers' weights
+            alone, as training writes it.
         pretrained: load timm's weights from the hub.
     """
 
@@ -85,17 +87,31 @@ class SparsityOptions:
     scorer_seed: int | None = None
     legacy: bool = False
 
-    def to_config(self) -> SparsifyConfig | None:
-        """The configuration, None for a dense model.
-
-        Raises:
-            ValueError: an option is impossible.
-        """
-        options = {
+    def given(self) -> dict[str, Any]:
+        """The options that were given, but for the preset."""
+        return {
             name: value
             for name, value in dataclasses.asdict(self).items()
             if name != "preset" and value is not None and value is not False
         }
+
+    def to_config(self, adapter: str | None = None) -> SparsifyConfig | None:
+        """The configuration, None for a dense model.
+
+        Args:
+            adapter: file that may bring its own.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: an option is impossible, or given although the adapter decides it.
+        """
+        options = self.given()
+        brought = None if adapter is None else read_adapter_config(adapter)
+        if brought is not None:
+            if options or self.preset != "fast":
+                names = ", ".join([*(["preset"] if self.preset != "fast" else []), *options])
+                raise ValueError(f"adapter={adapter!r} brings its own configuration; leave out {names}")
+            return brought
         if self.preset == "dense":
             if options:
                 raise ValueError(f"preset='dense' takes no sparsity options, got {', '.join(options)}")

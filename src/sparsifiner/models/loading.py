@@ -35,7 +35,7 @@ def load_model(
         config: how to make it sparse; None leaves it as timm made it.
         weights: file of weights, `.safetensors` or a torch checkpoint; those of the dense model fit
             the sparse one.
-        adapter: file of the scorers' weights alone, as training writes it.
+        adapter: file of the scorers' weights, as training or calibration writes it.
         img_size: side of the input in pixels; the model's own by default.
         pretrained: load timm's weights from the hub.
         model_args: more arguments for timm, such as `{"num_classes": 10}`.
@@ -115,6 +115,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def _read_adapter(path: str | Path, config: SparsifyConfig | None) -> dict[str, Tensor]:
     scorers = read_weights(path)
+    if not scorers and config is not None:  # a calibrated scorer without parameters
+        return scorers
     if config is None or config.scorer != "lowrank":
         chosen = "preset='dense'" if config is None else f"scorer={config.scorer!r}"
         raise ValueError(f"adapter={str(path)!r} holds low-rank scorers, but {chosen}; use preset='paper'")

@@ -45,14 +45,16 @@ class ImpactScorer(Scorer):
         """See `Scorer.row_scores`."""
         query, log_mass, log_deviation = self.parts(q, k, v, spec)
         squares = self._squares(spec, q.device)
-        key = k.to(query.dtype).mT
+        key = k.to(query.dtype).flatten(0, 1).mT
+        unless_given = query.new_zeros(()).expand(query.shape[:3])
+        offset = -(unless_given if log_mass is None else log_mass)
 
         def scores(start: int, stop: int) -> Tensor:
             rows = squares[start:stop]
-            logits = query[:, :, rows].flatten(2, 3) @ key * spec.scale  # [B, H, rows * m, N]
-            logits = logits.view(*query.shape[:2], *rows.shape, k.shape[2])
-            if log_mass is not None:
-                logits = logits - log_mass[:, :, rows, None]
+            own_query = query[:, :, rows].view(-1, rows.numel(), q.shape[-1])
+            own_offset = offset[:, :, rows].view(-1, rows.numel(), 1)
+            logits = torch.baddbmm(own_offset, own_query, key, alpha=spec.scale)  # [B * H, rows * m, N]
+            logits = logits.view(*q.shape[:2], *rows.shape, k.shape[2])
             return logits.amax(3) + log_deviation[:, :, None]
 
         return scores
@@ -82,9 +84,10 @@ class ImpactScorer(Scorer):
             of_windows = query @ mean_key.mT * spec.scale + size.log()
             log_mass = torch.cat([of_prefix, of_windows], -1).logsumexp(-1)
         value = v[:, :, prefix:].to(accurate)
-        window = layout.square_of_token(torch.arange(prefix, layout.tokens, device=q.device), side)
-        deviation = value - layout.square_means(value, side)[:, :, window]
-        return query, log_mass, F.pad(deviation.norm(dim=-1).log(), (prefix, 0))
+        mean_value = layout.square_means(value, side)
+        by_window = (layout.split_squares(value, side) - mean_value[:, :, :, None]).norm(dim=-1, keepdim=True)
+        deviation = layout.merge_squares(by_window, side).squeeze(-1)
+        return query, log_mass, F.pad(deviation.log(), (prefix, 0))
 
     def pool_side(self, spec: ListSpec) -> int:
         """Side of the squares whose mean queries score."""

@@ -96,28 +96,29 @@ def calibrate(
     batches = [batch.to(device) for batch in images]
     if not batches:
         raise ValueError("images: there is no image to calibrate on")
+    model.patch_embed(batches[0][:1])  # models of any image size note the grid here
     layout = TokenLayout(layers[0].grid.current(), layers[0].prefix)
+    keeps = [layer.keep for layer in layers]
     before = [_budget(layer, layout) for layer in layers]
-    total = sum(before)
     # every list holds its forced keys and one more
     least = min(_budget(layer, layout, (1, 10**6)) for layer in layers)
+    if least == layout.tokens:
+        raise ValueError(
+            f"all layers stay dense at {layout.tokens} tokens; lower min_tokens={config.min_tokens}"
+        )
+    total = sum(before)
     lengths = _lengths(total / len(layers), least, layout.tokens)
-    rows = [[0.0] * len(lengths) for _ in layers]
-    error_before = 0.0
+    rows = torch.zeros(len(layers), len(lengths), dtype=torch.float64)
     count = sum(map(len, batches))
     bar = tqdm(batches, desc="calibrating", unit="batch", disable=None if progress else True, leave=False)
     with _restored(layers):
         for batch in bar:
-            share = len(batch) / count
-            error_before += share * _error_of(model, layers, batch, [layer.keep for layer in layers], match)
-            for row, errors in zip(
-                rows, _layer_errors(model, layers, batch, lengths, layout, match), strict=True
-            ):
-                for column, error in enumerate(errors):
-                    row[column] += share * error
-        chosen = choose_budgets(rows, lengths, total, least, layout.tokens)
+            errors = list(_layer_errors(model, layers, batch, lengths, layout, match))
+            rows += torch.tensor(errors, dtype=torch.float64) * len(batch) / count
+        error_before = _mean_error(model, layers, batches, keeps, match)
+        chosen = choose_budgets(rows.tolist(), lengths, total, least, layout.tokens)
         keeps = [exact_ratio(budget / layout.tokens) for budget in chosen]
-        error = sum(len(batch) / count * _error_of(model, layers, batch, keeps, match) for batch in batches)
+        error = _mean_error(model, layers, batches, keeps, match)
     if error < error_before:
         keep = [budget / layout.tokens for budget in chosen]
     else:
@@ -133,7 +134,7 @@ def calibrate(
         error_before=error_before,
         error=error,
         lengths=tuple(lengths),
-        layer_errors=tuple(map(tuple, rows)),
+        layer_errors=tuple(map(tuple, rows.tolist())),
     )
 
 
@@ -233,21 +234,23 @@ def _layer_errors(
         yield errors
 
 
-def _error_of(
+def _mean_error(
     model: VisionTransformer,
     layers: Sequence[SparseAttention],
-    batch: Tensor,
+    batches: Sequence[Tensor],
     keeps: Sequence[tuple[int, int]],
     match: Match,
 ) -> float:
-    """Error with all layers sparse."""
-    outcomes = []
-    for chosen in ([_EVERY_KEY] * len(layers), keeps):
-        with _restored(layers):
+    """Error with all layers sparse, the mean over all images."""
+    total = 0.0
+    for batch in batches:
+        outcomes = []
+        for chosen in ([_EVERY_KEY] * len(layers), keeps):
             for layer, keep in zip(layers, chosen, strict=True):
                 layer.keep = keep
             outcomes.append(_outcome(model, model.forward_features(batch), match))
-    return _distance(outcomes[1], outcomes[0], match)
+        total += len(batch) * _distance(outcomes[1], outcomes[0], match)
+    return total / sum(map(len, batches))
 
 
 def _outcome(model: VisionTransformer, features: Tensor, match: Match) -> Tensor:

@@ -1,0 +1,41 @@
+"""What calibration measured: each layer's error against its number of keys."""
+
+from pathlib import Path
+
+from sparsifiner.files import write_aside
+from sparsifiner.training.calibration import Calibration
+
+_SIZE = (8.0, 4.0)  # inches
+
+
+def write_calibration(file: Path, report: Calibration) -> None:
+    """Draws the errors of single layers, and the keys that each layer had and has.
+
+    Args:
+        file: an SVG; it is replaced.
+        report: what was measured and chosen.
+    """
+    # matplotlib takes a second to import
+    from matplotlib import colormaps  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=_SIZE, layout="constrained")
+    curves, bars = figure.subplots(1, 2)
+    layers = range(len(report.budgets))
+    for layer in layers:
+        colour = colormaps["viridis"](layer / max(1, len(layers) - 1))
+        errors = [max(error, 1e-7) for error in report.layer_errors[layer]]
+        curves.plot(report.lengths, errors, ".-", color=colour, label=str(layer))
+    curves.set_xscale("log", base=2)
+    curves.set_yscale("log")
+    curves.set_xlabel("listed keys of one sparse layer, all others dense")
+    curves.set_ylabel("KL of the logits" if report.match == "logits" else "distance of patch tokens")
+    curves.legend(title="layer", fontsize=6, title_fontsize=7, ncols=2)
+    bars.bar([layer - 0.2 for layer in layers], report.budgets_before, 0.4, label="before", color="#bbbbbb")
+    bars.bar([layer + 0.2 for layer in layers], report.budgets, 0.4, label="calibrated", color="#2e86de")
+    bars.set_xlabel("layer")
+    bars.set_ylabel("listed keys")
+    bars.legend(fontsize=7)
+    bars.set_title(f"error {report.error_before:.3g} before, {report.error:.3g} now", fontsize=9)
+    # without a date the same measurements give the same file
+    write_aside(file, lambda aside: figure.savefig(aside, format="svg", metadata={"Date": None}))

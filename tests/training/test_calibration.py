@@ -1,0 +1,202 @@
+"""Calibration: budgets against brute force, errors against whole models, the command and its file."""
+
+import itertools
+import json
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import sparsifiner
+from sparsifiner.cli import main
+from sparsifiner.patch import sparse_layers
+from sparsifiner.training.calibration import calibrate, choose_budgets
+
+SMALL = {"patch_size": 4, "depth": 3, "embed_dim": 32, "num_heads": 2, "num_classes": 10}
+
+
+def make_dense():
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, **SMALL).eval()
+    for index, block in enumerate(model.blocks):  # sharp attention, most of all in the second layer
+        block.attn.qkv.weight.data.mul_(20 if index == 1 else 8)
+    return model
+
+
+def make_batches(*sizes):
+    return [torch.randn(size, 3, 32, 32) for size in sizes]
+
+
+def make_sparse(**options):
+    return sparsifiner.sparsify(make_dense(), **{"keep": 0.2, "tile": 2, "summary": 4, **options})
+
+
+def budgets_of(model):
+    with sparsifiner.trace(model) as traces, torch.no_grad():
+        model(torch.zeros(1, 3, 32, 32))
+    return [traces[layer].connectivity.indices.shape[-1] for layer in range(3)]
+
+
+def kl(model, dense, batches):
+    with torch.no_grad():
+        ours, theirs = (
+            torch.cat([each(x) for x in batches]).double().log_softmax(1) for each in (model, dense)
+        )
+    return (theirs.exp() * (theirs - ours)).sum(1).mean().item()
+
+
+def test_budgets_are_the_best_that_there_are():
+    errors = [[4.0, 2.0, 1.0], [16.0, 8.0, 4.0], [0.4, 0.2, 0.1]]
+    lengths = [2, 4, 8]
+    chosen = choose_budgets(errors, lengths, total=14, least=2, tokens=64)
+    assert sum(chosen) <= 14
+
+    def error(budgets):
+        points = [2, 4, 8, 64]
+        total = 0.0
+        for row, budget in zip(errors, budgets, strict=True):
+            values = [*row, 0.0]
+            right = next(i for i, point in enumerate(points) if point >= budget)
+            if points[right] == budget:
+                total += values[right]
+                continue
+            x = torch.tensor([points[right - 1], budget, points[right]]).double().log()
+            share = ((x[1] - x[0]) / (x[2] - x[0])).item()
+            total += values[right - 1] * (1 - share) + values[right] * share
+        return total
+
+    every = [b for b in itertools.product(range(2, 13), repeat=3) if sum(b) <= 14]
+    assert error(chosen) == pytest.approx(min(map(error, every)))
+    assert choose_budgets(errors, lengths, total=6, least=2, tokens=64) == [2, 2, 2]
+    assert choose_budgets(errors, lengths, total=200, least=2, tokens=64) == [64, 64, 64]
+
+
+@pytest.mark.parametrize("match", ["logits", "tokens"])
+def test_errors_are_those_of_whole_models(match):
+    dense, model, batches = make_dense(), make_sparse(), make_batches(3, 2)
+    before = budgets_of(model)
+    report = calibrate(model, batches, match=match, progress=False)
+    assert report.images == 5
+    assert report.budgets_before == tuple(before)
+    assert report.budgets == tuple(budgets_of(model))
+    assert sum(report.budgets) <= sum(before)
+    assert report.error <= report.error_before
+    assert sparse_layers(model)[0].config.keep == report.keep
+    if match == "logits":
+        assert report.error_before == pytest.approx(kl(make_sparse(), dense, batches), rel=1e-4)
+        assert report.error == pytest.approx(kl(model, dense, batches), rel=1e-4)
+        for layer, column in ((0, 1), (2, 3)):
+            keep = [1.0] * 3
+            keep[layer] = report.lengths[column] / 65
+            one = kl(make_sparse(keep=keep), dense, batches)
+            assert report.layer_errors[layer][column] == pytest.approx(one, rel=1e-4, abs=1e-9)
+
+
+def test_moves_keys_to_where_they_matter():
+    model = make_sparse(profile="even")
+    report = calibrate(model, make_batches(8), progress=False)
+    assert report.error < 0.8 * report.error_before
+    for name, tensor in make_dense().state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+def test_keeps_what_it_cannot_better(monkeypatch):
+    model = make_sparse()
+    monkeypatch.setattr(
+        "sparsifiner.training.calibration.choose_budgets", lambda *args: [65, 2, 2]
+    )  # starves the layer that matters
+    before = budgets_of(model)
+    report = calibrate(model, make_batches(4), progress=False)
+    assert report.budgets == report.budgets_before == tuple(before) == tuple(budgets_of(model))
+    assert report.error == report.error_before
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (lambda model: model.train(), {}, "training mode"),
+        (lambda model: model.reset_classifier(0), {}, "use match='tokens'"),
+        (lambda model: sparsifiner.sparsify(model, share=2), {}, "set share=1"),
+        (lambda model: sparsifiner.sparsify(model, min_tokens=100), {}, "lower min_tokens=100"),
+        (lambda model: None, {"images": []}, "no image"),
+        (sparsifiner.desparsify, {}, r"call sparsifiner.sparsify"),
+    ],
+)
+def test_impossible_calls_are_named(change, options, message):
+    model = make_sparse()
+    change(model)
+    with pytest.raises(ValueError, match=message):
+        calibrate(model, **{"images": make_batches(1), "progress": False, **options})
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_command_and_its_file(capsys, tmp_path):
+    save_file(make_dense().state_dict(), tmp_path / "dense.safetensors")
+    model = ["--model", "deit_tiny_patch16_224", "--img-size", 32, "--model-args", json.dumps(SMALL)]
+    shared = [*model, "--weights", tmp_path / "dense.safetensors", "--device", "cpu", "--workers", 0]
+    sparsity = ["--keep", 0.2, "--tile", 2, "--summary", 4, "--profile", "even"]
+    output = tmp_path / "new" / "calibrated.safetensors"
+    options = ["--match", "tokens", "--limit", 8, "--batch-size", 4, "--output", output]
+    code, out, _ = run(capsys, "calibrate", *shared, *sparsity, *options, "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert output.stat().st_size < 2 * 2**20
+    assert output.with_suffix(".svg").read_text().startswith("<?xml")
+    code, out, err = run(capsys, "calibrate", *shared, *sparsity, *options)
+    assert (code, "exists; remove it" in err) == (2, True)
+
+    loaded = sparsifiner.load_adapter(make_dense(), output)
+    assert budgets_of(loaded) == report["budgets"] != report["budgets_before"]
+    images = ["--limit", 8, "--against-dense", "--json"]
+    code, out, _ = run(capsys, "eval", *shared, "--adapter", output, "--split", "train", *images)
+    assert code == 0
+    evaluated = json.loads(out)
+    assert evaluated["sparsity"]["keep"] == report["keep"]
+    assert evaluated["against_dense"]["token_error"] == pytest.approx(report["error"], rel=1e-3)
+    code, _, err = run(capsys, "eval", *shared, "--adapter", output, "--keep", 0.1)
+    assert (code, "leave out keep" in err) == (2, True)
+    # by hand again, as a table
+    output.unlink()
+    code, out, _ = run(capsys, "calibrate", *shared, *sparsity, *options)
+    assert code == 0
+    assert "relative distance of the patch tokens" in out
+
+
+class TestAdapters:
+    def test_learned_scorers_come_back(self, tmp_path):
+        with pytest.warns(UserWarning, match="untrained"):
+            model = make_sparse(preset="paper", basis=4, coef_topk=2)
+        sparsifiner.save_adapter(model, tmp_path / "a.safetensors")
+        loaded = sparsifiner.load_adapter(make_dense(), tmp_path / "a.safetensors")
+        images = make_batches(1)[0]
+        with torch.no_grad():
+            assert torch.equal(model(images), loaded(images))
+
+    def test_bad_files_are_named(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            sparsifiner.load_adapter(make_dense(), tmp_path / "none.safetensors")
+        (tmp_path / "cut.safetensors").write_bytes(b"1234")
+        with pytest.raises(ValueError, match="cannot be read"):
+            sparsifiner.load_adapter(make_dense(), tmp_path / "cut.safetensors")
+        save_file({}, tmp_path / "bare.safetensors")
+        with pytest.raises(ValueError, match="holds no configuration"):
+            sparsifiner.load_adapter(make_dense(), tmp_path / "bare.safetensors")
+        with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+            sparsifiner.save_adapter(make_sparse(), tmp_path / "a.bin")
+
+    def test_other_models_are_refused(self, tmp_path):
+        with pytest.warns(UserWarning, match="untrained"):
+            model = make_sparse(preset="paper", basis=4, coef_topk=2)
+        sparsifiner.save_adapter(model, tmp_path / "a.safetensors")
+        with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+            assert json.loads(file.metadata()["sparsifiner"])["basis"] == 4
+        other = timm.create_model("deit_tiny_patch16_224", img_size=64, **SMALL)
+        with pytest.raises(ValueError, match="does not fit the model"):
+            sparsifiner.load_adapter(other, tmp_path / "a.safetensors")
