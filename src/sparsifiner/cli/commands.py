@@ -268,7 +268,8 @@ def _print_accuracy(accuracy: Accuracy) -> None:
         print(f"agreement     {against.agreement:.2f} %")
         print(f"logit KL      {against.logit_kl:.4f} nats")
         if against.token_cosine is not None:
-            print(f"patch tokens  cosine {against.token_cosine:.4f}, relative distance {against.token_error:.3f}")
+            cosine, distance = against.token_cosine, against.token_error
+            print(f"patch tokens  cosine {cosine:.4f}, relative distance {distance:.3f}")
         print(f"dense img/s   {against.dense_images_per_second:.1f}")
 
 
