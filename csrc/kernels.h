@@ -12,6 +12,8 @@
     void select_lowrank(                                                                                    \
         int threads, const SparsifinerLists& lists, const float* coefficients, const float* basis,          \
         int64_t basis_size, int64_t kept);                                                                  \
+    void select_impact(                                                                                     \
+        int threads, const SparsifinerLists& lists, const SparsifinerImpact& impact);                       \
     void attend(int threads, const SparsifinerAttention& attention);                                        \
     }
 

@@ -10,6 +10,7 @@ static_assert(sizeof(SparsifinerLists) == 64);
 static_assert(sizeof(SparsifinerTensor) == 32);
 static_assert(sizeof(SparsifinerAttention) == 248);
 static_assert(sizeof(SparsifinerPredictor) == 184);
+static_assert(sizeof(SparsifinerImpact) == 208);
 
 // To return without a result would leave memory unwritten.
 #define SPARSIFINER_DISPATCH(isa, call)                                      \
@@ -43,6 +44,11 @@ void sparsifiner_select_lowrank(
     int32_t isa, int32_t threads, const SparsifinerLists* lists, const float* coefficients, const float* basis,
     int64_t basis_size, int64_t kept) {
     SPARSIFINER_DISPATCH(isa, select_lowrank(threads, *lists, coefficients, basis, basis_size, kept))
+}
+
+void sparsifiner_select_impact(
+    int32_t isa, int32_t threads, const SparsifinerLists* lists, const SparsifinerImpact* impact) {
+    SPARSIFINER_DISPATCH(isa, select_impact(threads, *lists, *impact))
 }
 
 void sparsifiner_attend(int32_t isa, int32_t threads, const SparsifinerAttention* attention) {

@@ -71,6 +71,23 @@ SPARSIFINER_API void sparsifiner_select_lowrank(
     int32_t isa, int32_t threads, const SparsifinerLists* lists, const float* coefficients, const float* basis,
     int64_t basis_size, int64_t kept);
 
+// What impact scores are made of; tokens -1 come last in their rows.
+struct SparsifinerImpact {
+    SparsifinerTensor q, k, v;
+    int32_t dtype;
+    float scale;
+    int64_t batch, heads, tokens, head_dim, prefix;
+    int64_t squares, square_size;  // whose mean queries score
+    const int32_t* square_tokens;  // [squares, square_size]
+    int64_t members;               // squares of a tile
+    const int32_t* tile_squares;   // [rows, members]
+    int64_t windows, window_size;
+    const int32_t* window_tokens;  // [windows, window_size]
+};
+
+SPARSIFINER_API void sparsifiner_select_impact(
+    int32_t isa, int32_t threads, const SparsifinerLists* lists, const SparsifinerImpact* impact);
+
 // Attention over lists and summaries; the rules are those of `sparsifiner.ops.sparse_attention`.
 struct SparsifinerAttention {
     SparsifinerTensor q, k, v, out;

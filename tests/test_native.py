@@ -45,6 +45,7 @@ def test_structures_are_as_large_as_those_of_the_library():
     assert ctypes.sizeof(native.NativeTensor) == 32
     assert ctypes.sizeof(native.Attention) == 248
     assert ctypes.sizeof(native.Predictor) == 184
+    assert ctypes.sizeof(native.Impact) == 208
 
 
 def test_the_library_is_there_or_it_says_why_not():

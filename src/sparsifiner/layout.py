@@ -122,6 +122,14 @@ class TokenLayout:
         means = F.avg_pool2d(image, shape, ceil_mode=True, count_include_pad=False)
         return means.permute(0, 2, 3, 1).reshape(B, H, self.squares(side), d)
 
+    def squares_of_tiles(self, tile: int, pool: int, device: torch.device) -> Tensor:
+        """Squares of side `pool` that make up each tile, a multiple of it: int64 [tiles, m].
+
+        Tiles at the edges have fewer, and name their first one again instead.
+        """
+        squares = TokenLayout(self.square_grid(pool)).square_tokens(tile // pool, device)
+        return torch.where(squares < 0, squares[:, :1], squares)
+
     def square_tokens(self, side: int, device: torch.device) -> Tensor:
         """Tokens of each square in ascending order, int64 [squares, m], -1 last at the edges."""
         token = torch.arange(self.prefix, self.tokens, device=device)

@@ -3,6 +3,7 @@
 import copy
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import native, select_topk
 from sparsifiner.ops.select import cpu_backend
-from sparsifiner.scorers import ListSpec
+from sparsifiner.scorers import ImpactScorer, ListSpec
 from sparsifiner.training.losses import reconstruction_loss
 from tests.ops.cases import layout_of, make_qkv
 from tests.ops.test_select_backends import assert_equals_reference, lowrank_scorer, special_scores
@@ -179,3 +180,55 @@ def test_coefficients_are_those_of_the_formula(patches, prefix, head_dim, basis,
         actual = cpu_backend.lowrank_coefficients(rows, k, *weights, scorer.temperature)
         exact = copy.deepcopy(scorer).double().coefficients(q.double(), k.double(), layout)
         assert torch.allclose(actual.double(), exact, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("patches", "prefix", "tile", "pool", "summary", "head_dim", "budget"),
+    [
+        (4, 1, 1, 1, 2, 16, 2),
+        (62, 1, 4, 2, 3, 16, 9),
+        (62, 5, 8, 8, 4, 32, 20),
+        (16, 0, 2, 1, 2, 16, 3),
+        (196, 2, 14, 7, 2, 64, 30),
+        (196, 40, 6, 2, 4, 16, 60),
+        (256, 1, 4, 2, 4, 64, 27),
+    ],
+)
+def test_impact_lists_are_those_of_exact_scores(
+    patches, prefix, tile, pool, summary, head_dim, budget, dtype
+):
+    layout, scale = layout_of(patches, prefix), head_dim**-0.5
+    q, k, v = make_qkv(layout, head_dim=head_dim, batch=2, dtype=dtype)
+    q[1, 1, -1], v[0, 1, -2], k[0, 0, -1] = torch.nan, torch.nan, torch.nan
+    v[0, 0, prefix : prefix + 2] = 0.0
+    spec = ListSpec(layout, tile, budget, prefix, scale, "cpu", summary)
+    scorer = ImpactScorer(pool)
+    indices = scorer(q, k, v, spec).indices.long()
+    exact = scorer.scores(q.double(), k.double(), v.double(), spec).nan_to_num(nan=-torch.inf)
+    exact[..., :prefix] = torch.inf
+    best = exact.topk(budget, -1).values
+    own = layout.square_tokens(tile, q.device)
+    for batch, head, row in np.ndindex(indices.shape[:3]):
+        listed = indices[batch, head, row]
+        listed = listed[listed >= 0]
+        assert torch.equal(listed, listed.sort().values.unique())
+        scores = exact[batch, head, row]
+        if (scores[prefix:] > -torch.inf).any():
+            # as good as the best, but for rounding in fp32
+            expected = best[batch, head, row]
+            expected = expected[expected > -torch.inf]
+            actual = scores[listed].sort(descending=True).values
+            assert len(actual) == len(expected)
+            finite = expected < torch.inf
+            assert (actual[finite] - expected[finite]).abs().nan_to_num().max() < 1e-5
+        else:
+            mine = own[row][own[row] >= 0][: budget - prefix]
+            assert torch.equal(listed, torch.cat([torch.arange(prefix), mine]))
+
+
+def test_impact_operator():
+    q, k, v = make_qkv(layout_of(16, 1))
+    arguments = (q, k, v, 4, 4, 1, 2, 1, 2, 0.25, 5, 1)
+    torch.library.opcheck(torch.ops.sparsifiner.select_impact_cpu, arguments)
+    assert torch.ops.sparsifiner.select_impact_cpu(*(x[:0] for x in (q, k, v)), *arguments[3:]).shape[0] == 0

@@ -19,7 +19,7 @@ _FASTER = {
         "triton",
         frozenset({"select_topk", "select_lowrank", "select_pooled", "sparse_attention"}),
     ),
-    "cpu": ("cpu", frozenset({"select_topk", "select_lowrank", "sparse_attention"})),
+    "cpu": ("cpu", frozenset({"select_topk", "select_lowrank", "select_impact", "sparse_attention"})),
 }
 
 _logger = logging.getLogger(__name__)

@@ -333,6 +333,45 @@ def _(
     return q.new_empty((*q.shape[:2], rows, budget), dtype=torch.int32)
 
 
+@torch.library.custom_op("sparsifiner::select_impact_cpu", mutates_args=(), device_types="cpu")
+def select_impact_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid_height: int,
+    grid_width: int,
+    prefix: int,
+    tile: int,
+    pool: int,
+    summary: int,
+    scale: float,
+    budget: int,
+    forced: int,
+) -> Tensor:
+    """As `select_impact`, by the native library."""
+    layout = TokenLayout((grid_height, grid_width), prefix)
+    return cpu_select.select_impact(q, k, v, layout, tile, pool, summary, scale, budget, forced)
+
+
+@select_impact_cpu.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid_height: int,
+    grid_width: int,
+    prefix: int,
+    tile: int,
+    pool: int,
+    summary: int,
+    scale: float,
+    budget: int,
+    forced: int,
+) -> Tensor:
+    rows = TokenLayout((grid_height, grid_width), prefix).squares(tile)
+    return q.new_empty((*q.shape[:2], rows, budget), dtype=torch.int32)
+
+
 @torch.library.custom_op("sparsifiner::attend_cpu", mutates_args=(), device_types="cpu")
 def attend_cpu(
     q: Tensor,
@@ -419,7 +458,7 @@ def _(
     return 2 * int(B * H * TokenLayout((grid_height, grid_width), prefix).squares(tile) * N * d)
 
 
-@register_flop_formula(torch.ops.sparsifiner.select_impact)
+@register_flop_formula([torch.ops.sparsifiner.select_impact, torch.ops.sparsifiner.select_impact_cpu])
 def _(
     q: torch.Size,
     k: torch.Size,

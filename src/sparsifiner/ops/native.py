@@ -91,6 +91,31 @@ class Predictor(ctypes.Structure):
     )
 
 
+class Impact(ctypes.Structure):
+    """`SparsifinerImpact`: what impact scores are made of."""
+
+    _fields_ = (
+        ("q", NativeTensor),
+        ("k", NativeTensor),
+        ("v", NativeTensor),
+        ("dtype", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("tokens", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("prefix", ctypes.c_int64),
+        ("squares", ctypes.c_int64),
+        ("square_size", ctypes.c_int64),
+        ("square_tokens", ctypes.c_void_p),
+        ("members", ctypes.c_int64),
+        ("tile_squares", ctypes.c_void_p),
+        ("windows", ctypes.c_int64),
+        ("window_size", ctypes.c_int64),
+        ("window_tokens", ctypes.c_void_p),
+    )
+
+
 class Attention(ctypes.Structure):
     """`SparsifinerAttention`: attention over lists and summaries."""
 
@@ -234,4 +259,5 @@ def _declare(native: ctypes.CDLL) -> None:
     declare(native.sparsifiner_coefficients, None, *call, ctypes.POINTER(Predictor))
     declare(native.sparsifiner_select_topk, None, *call, lists, pointer)
     declare(native.sparsifiner_select_lowrank, None, *call, lists, pointer, pointer, size, size)
+    declare(native.sparsifiner_select_impact, None, *call, lists, ctypes.POINTER(Impact))
     declare(native.sparsifiner_attend, None, *call, ctypes.POINTER(Attention))

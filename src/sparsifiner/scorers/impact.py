@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsifiner.config import SparsifyConfig
-from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import library
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
@@ -44,7 +43,7 @@ class ImpactScorer(Scorer):
     def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
         query, log_mass, log_deviation = self.parts(q, k, v, spec)
-        squares = self._squares(spec, q.device)
+        squares = spec.layout.squares_of_tiles(spec.tile, self.pool_side(spec), q.device)
         key = k.to(query.dtype).flatten(0, 1).mT
         unless_given = query.new_zeros(()).expand(query.shape[:3])
         offset = -(unless_given if log_mass is None else log_mass)
@@ -97,19 +96,14 @@ class ImpactScorer(Scorer):
     def _window_side(spec: ListSpec) -> int:
         return spec.summary or spec.layout.auto_summary()
 
-    def _squares(self, spec: ListSpec, device: torch.device) -> Tensor:
-        """Squares of each tile, int64 [rows, m]; tiles at the edges name one more than once."""
-        pool = self.pool_side(spec)
-        of_tile = TokenLayout(spec.layout.square_grid(pool)).square_tokens(spec.tile // pool, device)
-        return torch.where(of_tile < 0, of_tile[:, :1], of_tile)
-
     def fused_lists(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str) -> Tensor | None:
-        """See `Scorer.fused_lists`; on a CPU the scores are few and written."""
-        if backend == "cpu" or library.why_no_kernel(backend, q) or spec.tile == 1:
+        """See `Scorer.fused_lists`."""
+        if library.why_no_kernel(backend, q) or (backend == "triton" and spec.tile == 1):
             return None
         layout, pool = spec.layout, self.pool_side(spec)
         geometry = (*layout.grid, layout.prefix, spec.tile, pool, self._window_side(spec))
-        listed: Tensor = library.select_impact(q, k, v, *geometry, spec.scale, spec.budget, spec.forced)
+        select = library.select_impact if backend == "triton" else library.select_impact_cpu
+        listed: Tensor = select(q, k, v, *geometry, spec.scale, spec.budget, spec.forced)
         return listed
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:

@@ -109,6 +109,59 @@ def predict_lists(
     return select_lowrank(coefficients, basis, coef_topk, budget, forced, _own_tokens(layout, tile))
 
 
+def select_impact(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    tile: int,
+    pool: int,
+    summary: int,
+    scale: float,
+    budget: int,
+    forced: int,
+) -> Tensor:
+    """Lists by the scores of `sparsifiner.scorers.ImpactScorer`, computed in fp32.
+
+    Args:
+        q: [B, H, N, d] queries, fp32 or bf16, d a multiple of 16.
+        k: [B, H, N, d] keys.
+        v: [B, H, N, d] values.
+        layout: where the tokens lie.
+        tile: side of a tile in patches.
+        pool: side of the squares whose mean queries score.
+        summary: side of the windows.
+        scale: factor of the logits.
+        budget: list length.
+        forced: the first keys, in every list.
+
+    Returns:
+        int32 [B, H, rows, budget], ascending, -1 last.
+    """
+    B, H, N, d = q.shape
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    own = _own_tokens(layout, tile)
+    indices, lists, own = _lists(torch.Size((B, H, len(own))), N, budget, forced, own)
+    if not indices.numel():
+        return indices
+    square_tokens, windows = _own_tokens(layout, pool), _own_tokens(layout, summary)
+    tile_squares = _tile_squares(layout, tile, pool)
+    impact = native.Impact(
+        *(native.tensor_of(x) for x in (q, k, v)),
+        *(native.DTYPES[q.dtype], scale, B, H, N, d, layout.prefix),
+        *(*square_tokens.shape, square_tokens.data_ptr(), tile_squares.shape[1], tile_squares.data_ptr()),
+        *(*windows.shape, windows.data_ptr()),
+    )
+    library, isa = native.ready()
+    library.sparsifiner_select_impact(isa, torch.get_num_threads(), ctypes.byref(lists), ctypes.byref(impact))
+    return indices
+
+
+@functools.lru_cache(maxsize=64)
+def _tile_squares(layout: TokenLayout, tile: int, pool: int) -> Tensor:
+    return layout.squares_of_tiles(tile, pool, torch.device("cpu")).int().contiguous()
+
+
 @functools.lru_cache(maxsize=64)
 def _own_tokens(layout: TokenLayout, tile: int) -> Tensor:
     return layout.square_tokens(tile, torch.device("cpu")).int().contiguous()
