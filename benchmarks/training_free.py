@@ -1,88 +1,166 @@
-"""What sparsity costs without any training: the shared teachers on Tiny-ImageNet's validation images.
+"""What sparsity costs without any training, and with calibration: dense teachers, all validation images.
 
-    python benchmarks/training_free.py --data ../shared/data/tiny-imagenet --teachers ../shared/checkpoints
+    python benchmarks/training_free.py tiny_imagenet --data DATA --teachers TEACHERS
+    python benchmarks/training_free.py tiny_imagenet --data DATA --teachers TEACHERS --groups floors
+    python benchmarks/training_free.py cifar10 --data DATA --teachers TEACHERS
 
-Each setting is evaluated through the public API beside its dense teacher, on the same images.
+TEACHERS holds weights by name, such as vit_tiny_patch4_64.tiny_imagenet.safetensors. Each setting is
+evaluated through the public API beside its dense teacher, on the same images; rows are written as they come.
+Calibrated settings see 128 images of the training split and no labels.
+
+The groups: "floors" (what the defaults reach), "designs" (one choice changed at a time), "baselines" (other
+key lists at the same key visits) and "sweep" (budgets, for the curves).
 """
 
 import argparse
 import copy
+import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from provenance import RESULTS, append_rows, provenance
+from torch import Tensor, nn
 
 import sparsifiner
 from sparsifiner.data import evaluation_transform, make_loader, open_images
 from sparsifiner.measure.accuracy import evaluate
 from sparsifiner.models.loading import load_model
 from sparsifiner.trace import trace
+from sparsifiner.training.calibration import calibrate
 
-SETTINGS = {
-    "vit_tiny_patch4_64": [
-        {"scorer": "oracle", "tile": 1, "keep": 0.1, "summary": None},
-        {"scorer": "oracle", "tile": 1, "keep": 0.1, "summary": 4},
-        {"scorer": "pooled", "tile": 8, "keep": 0.1, "summary": None},
-        {"scorer": "pooled", "tile": 8, "keep": 0.1, "summary": 2},
-        {"scorer": "random", "tile": 8, "keep": 0.1, "summary": 2},
-        {"scorer": "window", "tile": 8, "keep": 0.1, "summary": 2},
-        {"scorer": "strided", "tile": 8, "keep": 0.1, "summary": 2},
-    ],
-    "vit_tiny_patch2_64": [
-        {"scorer": "pooled", "tile": 8, "keep": 0.05, "summary": None},
-        {"scorer": "pooled", "tile": 8, "keep": 0.05, "summary": 4},
-        {"scorer": "pooled", "tile": 8, "keep": 0.05, "summary": 4, "share": 2},
-        {"scorer": "random", "tile": 8, "keep": 0.05, "summary": 4},
-    ],
+CALIBRATION_IMAGES = 128
+SWEEP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+Setting = dict[str, Any]
+
+# The settings that the floors of 17 % (N = 257) and 12 % (N = 1025) of the key visits allow.
+FAST_257: Setting = {"keep": 0.1, "tile": 4, "summary": 4}
+FAST_1025: Setting = {"keep": 0.1, "tile": 8, "summary": 8, "pool": 2}
+EVEN: Setting = {"profile": "even"}
+CALIBRATED: Setting = {"calibrated": True}
+
+
+def groups_of(fast: Setting) -> dict[str, list[Setting]]:
+    """Settings by group, around the one that is recommended."""
+    tile, pool = fast["tile"], fast.get("pool", fast["tile"] // 2)
+    plain = {name: value for name, value in fast.items() if name != "pool"}
+    small = 3  # windows that take all the visits for themselves
+    return {
+        "floors": [fast, fast | CALIBRATED],
+        "designs": [
+            plain | {"scorer": "pooled"} | EVEN,
+            plain | {"scorer": "pooled"},
+            fast | EVEN,
+            fast | EVEN | CALIBRATED,
+            fast | {"pool": tile},
+            fast | {"pool": max(1, pool // 2) if pool == tile // 2 else tile // 2},
+            fast | {"tile": 2 * tile if tile == 4 else tile // 2, "pool": 2},
+            fast | {"summary": None},
+            fast | {"share": 2},
+        ],
+        "baselines": [plain | {"scorer": scorer} for scorer in ("random", "window", "strided", "oracle")]
+        + [plain | {"scorer": "random", "keep": 1e-6, "summary": small}]
+        + [plain | {"scorer": "oracle", "tile": 1} | EVEN],
+        "sweep": [
+            chosen | {"keep": keep}
+            for chosen in (fast, plain | {"scorer": "pooled"} | EVEN, plain | {"scorer": "random"} | EVEN)
+            for keep in SWEEP
+        ],
+    }
+
+
+# suite -> teacher -> side of its patches and its settings
+SUITES: dict[str, dict[str, tuple[int, Setting]]] = {
+    "tiny_imagenet": {"vit_tiny_patch4_64": (4, FAST_257), "vit_tiny_patch2_64": (2, FAST_1025)},
+    "cifar10": {"vit_tiny_patch4_64": (4, FAST_257)},
 }
-PATCH = {"vit_tiny_patch4_64": 4, "vit_tiny_patch2_64": 2}
+
+
+def key_visits(sparse: nn.Module, image: Tensor) -> tuple[float, float]:
+    """Listed and summary keys as a share of N, and scoring as a share of QKᵀ's MACs: means over layers."""
+    with torch.inference_mode(), trace(sparse) as traces:
+        sparse(image)
+    visits = []
+    for layer in traces.values():
+        layout, windows = layer.connectivity.layout, layer.connectivity.layout.squares(layer.summary or 10**6)
+        windows = windows if layer.summary else 0
+        visits.append((layer.connectivity.indices.shape[-1] + windows) / layout.tokens)
+    layers = sparsifiner.count_macs(sparse, tuple(image.shape[1:])).layers
+    scoring = sum(layer.scorer for layer in layers) / sum(layer.dense_attention / 2 for layer in layers)
+    return sum(visits) / len(visits), scoring
+
+
+def measure(
+    dense: nn.Module, setting: Setting, batches: list[Any], unlabelled: list[Tensor], device: str
+) -> dict[str, Any]:
+    options = {name: value for name, value in setting.items() if name != "calibrated"}
+    sparse = sparsifiner.sparsify(copy.deepcopy(dense), **options)
+    start = time.perf_counter()
+    if setting.get("calibrated"):
+        calibrate(sparse, unlabelled, device=device)
+    seconds = time.perf_counter() - start
+    visits, scoring = key_visits(sparse, batches[0][0][:1].to(device))
+    config = sparse.blocks[0].attn.config
+    accuracy = evaluate(sparse, batches, dense=dense, device=device)
+    return {
+        "tokens": sparse.blocks[0].attn.current_layout(dense.pos_embed.shape[1]).tokens,
+        **{name: getattr(config, name) for name in ("scorer", "tile", "pool", "profile", "summary", "share")},
+        "keep": setting["keep"],
+        "calibrated": setting.get("calibrated", False),
+        "calibration_seconds": seconds if setting.get("calibrated") else None,
+        "keep_by_layer": list(config.keep) if isinstance(config.keep, tuple) else None,
+        "key_visits": visits,
+        "scoring_share": scoring,
+        "dtype": "fp32",
+        **asdict(accuracy),
+        **provenance(device),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--data", required=True)
     parser.add_argument("--teachers", type=Path, required=True)
+    parser.add_argument("--groups", nargs="*", help="only these")
+    parser.add_argument("--tokens", type=int, help="only the teacher with so many tokens")
     parser.add_argument("--output", type=Path, default=RESULTS / "training_free.json")
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--limit", type=int, help="number of validation images, for a first look")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = open_images(options.data, "validation", limit=options.limit)
-    for teacher, settings in SETTINGS.items():
+    unlabelled = open_images(options.data, "train", limit=CALIBRATION_IMAGES)
+    for teacher, (patch, fast) in SUITES[options.suite].items():
         dense = load_model(
             "deit_tiny_patch16_224",
-            weights=options.teachers / f"{teacher}.tiny_imagenet.safetensors",
+            weights=options.teachers / f"{teacher}.{options.suite}.safetensors",
             img_size=64,
-            model_args={"patch_size": PATCH[teacher], "num_classes": images.num_classes},
+            model_args={"patch_size": patch, "num_classes": images.num_classes},
         ).to(device)
+        if options.tokens not in {None, dense.pos_embed.shape[1]}:
+            continue
         transform = evaluation_transform(dense, crop_pct=1.0)
         batches = list(make_loader(images, transform, 100, workers=options.workers))
-        for setting in settings:
-            sparse = sparsifiner.sparsify(copy.deepcopy(dense), **setting)
-            with torch.inference_mode(), trace(sparse) as traces:
-                sparse(batches[0][0][:1].to(device))
-            layout, summary = traces[0].connectivity.layout, traces[0].summary
-            windows = layout.squares(summary) if summary else 0
-            budget = traces[0].connectivity.indices.shape[-1]
-            accuracy = evaluate(sparse, batches, dense=dense, device=device)
-            row = {
-                "teacher": teacher,
-                "tokens": layout.tokens,
-                **setting,
-                "key_visits": (budget + windows) / layout.tokens,
-                "dtype": "fp32",
-                **asdict(accuracy),
-                **provenance(device),
-            }
-            append_rows(options.output, [row])
-            against = accuracy.against_dense
-            print(
-                f"{teacher} {setting}: {accuracy.top1:.2f} "
-                f"({against.difference:+.2f} ± {against.interval:.2f}), "
-                f"agreement {against.agreement:.1f}, KL {against.logit_kl:.4f}",
-                flush=True,
-            )
+        seen = [batch for batch, _ in make_loader(unlabelled, transform, 32, workers=options.workers)]
+        for group, settings in groups_of(fast).items():
+            if options.groups and group not in options.groups:
+                continue
+            for setting in settings:
+                row = measure(dense, setting, batches, seen, device)
+                append_rows(
+                    options.output, [{"suite": options.suite, "teacher": teacher, "group": group, **row}]
+                )
+                against = row["against_dense"]
+                print(
+                    f"N {row['tokens']} {setting}: visits {100 * row['key_visits']:.1f} %, "
+                    f"scoring {100 * row['scoring_share']:.0f} %, {row['top1']:.2f} "
+                    f"({against['difference']:+.2f} ± {against['interval']:.2f}), agreement "
+                    f"{against['agreement']:.1f}, KL {against['logit_kl']:.4f}, "
+                    f"tokens {against['token_cosine']:.4f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Scorers: scores against their formulas, lists against the selection rules."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -209,8 +211,10 @@ class TestReleased:
 def test_impact_is_the_attention_of_mean_queries_times_the_distance_of_values(tile, pool, summary):
     layout = TokenLayout((5, 7), 2)
     q, k, v = make_qkv(layout, dtype=torch.float64)
-    spec = ListSpec(layout, tile, 4, 2, scale=0.25, summary=summary)
-    scores = make("impact", layout, tile=tile, pool=pool).scores(q, k, v, spec)
+    spec = ListSpec(layout, tile, 6, 2, scale=0.25, summary=summary)
+    scorer = make("impact", layout, tile=tile, pool=pool)
+    assert scorer.pool_side(replace(spec, budget=5)) == (tile if tile == 4 else scorer.pool_side(spec))
+    scores = scorer.scores(q, k, v, spec)
     side = summary or layout.auto_summary()
     windows = tile_members(layout, side)
     mass_keys = torch.cat([k[:, :, :2], *(k[:, :, w].mean(2, keepdim=True) for w in windows)], 2)

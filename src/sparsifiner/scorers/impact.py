@@ -24,7 +24,8 @@ class ImpactScorer(Scorer):
 
     Windows are those of the summaries; without summaries, those that "auto" would take. A mean over a whole
     tile hides what few of its queries look for, so that squares smaller than the tile score. It costs
-    1 / pool² of QKᵀ, and the windows their share of that.
+    1 / pool² of QKᵀ, and the windows their share of that. Lists of fewer keys than a quarter of a tile's
+    queries, as in the last layers, are not worth it: there a tile is one square.
 
     Args:
         pool: side of the squares in patches, a divisor of the tile; None for half of it, all of an odd one.
@@ -90,6 +91,8 @@ class ImpactScorer(Scorer):
 
     def pool_side(self, spec: ListSpec) -> int:
         """Side of the squares whose mean queries score."""
+        if spec.budget - spec.forced < spec.tile**2 // 4:
+            return spec.tile
         return self.pool or (spec.tile if spec.tile % 2 else spec.tile // 2)
 
     @staticmethod
