@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import numpy as np
+from figures import write_curves
 from provenance import RESULTS
 
 HEADER = """# Results
@@ -40,50 +41,74 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+TRAINING_IMAGES = {"digits": 1437, "tiny_imagenet": 100_000, "cifar10": 50_000}
+GROUPS = {
+    "floors": """### What the defaults reach
+
+The preset `fast` as it is, and calibrated on 128 unlabelled images of the training split.""",
+    "baselines": """### Other key lists at the same key visits
+
+Random, window and strided lists with the same summaries, summaries alone (keep 1e-06), and the oracle, which
+ranks by the true attention: it shows what the form of sparsity allows, not what a scorer reaches.""",
+    "designs": "### One choice changed at a time",
+    "sweep": "### Budgets",
+    None: "### Earlier: even budgets, without the impact scorer, Tiny-ImageNet",
+}
+SETTING = ("scorer", "tile", "pool", "profile", "summary", "share", "keep", "calibrated")
+
+
 def training_free() -> str:
-    rows = load("training_free", "teacher", "scorer", "tile", "keep", "summary", "share")
+    rows = load("training_free", "suite", "teacher", "group", *SETTING)
+    dense = {
+        (row["suite"], row["tokens"]): row["against_dense"]["dense_top1"] for row in rows if "suite" in row
+    }
+    teachers = ", ".join(f"{top1:.2f} on {suite} at N = {tokens}" for (suite, tokens), top1 in dense.items())
+    sections = [
+        f"""## Accuracy without any training
+
+All {rows[0]["images"]:,} validation images, ViT-Ti teachers (dense top-1 {teachers}), fp32. "Difference" is in
+points of top-1 to the dense teacher with the paired 95 % interval, KL is of the logits, tokens are the final
+patch tokens: mean cosine with, and relative distance from, the dense ones. Key visits are (listed keys + summary
+keys) / N, scoring is in MACs of QKᵀ; both are means over the layers.
+
+`python benchmarks/training_free.py SUITE --data DATA --teachers TEACHERS` ({source_of(rows)})
+"""
+    ]
+    for group, heading in GROUPS.items():
+        own = [row for row in rows if row.get("group") == group]
+        if not own:
+            continue
+        picture = ""
+        if group == "sweep":
+            write_curves(RESULTS.parent / "training_free.svg", own)
+            picture = "\n\n![Top-1 and KL against key visits](training_free.svg)"
+        sections.append(f"{heading}{picture}\n\n{training_free_table(own)}\n")
+    return "\n".join(sections)
+
+
+def training_free_table(rows: list[dict[str, Any]]) -> str:
     body = []
     for row in rows:
-        against = row["against_dense"]
+        against, side = row["against_dense"], row["summary"]
+        budgets = "calibrated" if row.get("calibrated") else row.get("profile", "even")
+        scoring, cosine = row.get("scoring_share"), against.get("token_cosine")
         body.append([
+            row.get("suite", "tiny_imagenet"),
             str(row["tokens"]),
-            row["scorer"],
+            row["scorer"] + (f", pool {row['pool']}" if row.get("pool") else ""),
             str(row["tile"]),
-            str(row.get("share", 1)),
-            f"{row['keep']:g}",
-            "none" if row["summary"] is None else f"{row['summary']}x{row['summary']}",
+            f"{row['keep']:g}, {budgets}" + (f", share {row['share']}" if row.get("share", 1) > 1 else ""),
+            "none" if side is None else f"{side}x{side}",
             f"{100 * row['key_visits']:.1f} %",
+            "" if scoring is None else f"{100 * scoring:.1f} %",
             f"{row['top1']:.2f}",
             f"{against['difference']:+.2f} ± {against['interval']:.2f}",
             f"{against['agreement']:.1f} %",
-            f"{against['logit_kl']:.3f}",
+            f"{against['logit_kl']:.4f}",
+            "" if cosine is None else f"{cosine:.4f}, {against['token_error']:.3f}",
         ])  # fmt: skip
-    header = [
-        "N",
-        "scorer",
-        "tile",
-        "share",
-        "keep",
-        "summaries",
-        "key visits",
-        "top-1",
-        "difference",
-        "agreement",
-        "KL",
-    ]
-    dense = {row["tokens"]: row["against_dense"]["dense_top1"] for row in rows}
-    teachers = ", ".join(f"{top1:.2f} at N = {tokens}" for tokens, top1 in dense.items())
-    return f"""## Accuracy without any training
-
-Tiny-ImageNet, all {rows[0]["images"]:,} validation images, ViT-Ti teachers (dense top-1 {teachers}), fp32.
-"Difference" is in points of top-1 to the dense teacher with the paired 95 % interval, KL is of the logits.
-Key visits are (listed keys + summary keys) / N. Oracle ranks by the true attention: it shows what the
-form of sparsity allows, not what a scorer reaches.
-
-`python benchmarks/training_free.py --data DATA --teachers TEACHERS` ({source_of(rows)})
-
-{table(header, body)}
-"""
+    header = ["data", "N", "scorer", "tile", "keep", "summaries", "key visits", "scoring", "top-1"]
+    return table([*header, "difference", "agreement", "KL", "tokens"], body)
 
 
 def memory() -> str:
@@ -103,6 +128,12 @@ process: the torch backend takes {100 * share:.0f} % of the reference.
 
 {table(["backend", "forward", "whole process"], body)}
 """
+
+
+def minutes_of(row: dict[str, Any]) -> float:
+    """Time of the training steps, from their speed."""
+    epochs, speed = row["epochs"], row["images_per_second"]
+    return sum(TRAINING_IMAGES[row["suite"]] * epochs[stage] / speed[stage] for stage in speed) / 60
 
 
 def training() -> str:
@@ -136,10 +167,11 @@ beside up to as many other runs on the same device as it says. One seed, last we
                 "" if row["mask_recall"] is None else f"{row['mask_recall']:.3f}",
                 " / ".join(f"{value:.0f}" for value in speed.values())
                 + (f" (beside {row['sharing'] - 1})" if row.get("sharing", 1) > 1 else ""),
+                f"{minutes_of(row):.0f}",
                 f"`{row['command']}`",
             ])  # fmt: skip
         header = ["keep", "before", "after", "to the control", "agreement with the teacher", "recall"]
-        header += ["images/s", "command"]
+        header += ["images/s", "minutes", "command"]
         epochs = " + ".join(str(count) for count in own[-1]["epochs"].values())
         sections.append(
             f"### {suite}: {epochs} epochs, {own[0]['images']:,} validation images, "

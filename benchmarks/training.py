@@ -3,6 +3,7 @@
     python benchmarks/training.py digits
     python benchmarks/training.py tiny_imagenet --data DATA --teacher TEACHER
     python benchmarks/training.py cifar10 --data DATA
+    python benchmarks/training.py tiny_imagenet_fast --data DATA --teacher TEACHER --seeds 0 1 2
 
 Every model is trained and evaluated by the commands that users have; a row keeps its command. Runs are
 resumed where they stopped, rows of finished ones are written at once. Rows may be divided among GPUs (`--rows
@@ -13,9 +14,11 @@ Other designs are rows of their own: `--variant oracle --sparsity "--scorer orac
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import shlex
 import statistics
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ import yaml
 from provenance import RESULTS, append_rows, provenance
 
 from sparsifiner.cli import main as sparsifiner
+from sparsifiner.cli.options import SparsityOptions
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 KEEPS = (0.5, 0.25, 0.1, 0.05, 0.01)
@@ -32,6 +36,7 @@ SUITES: dict[str, tuple[str, str | None, tuple[float, ...]]] = {
     "digits": ("digits", "digits_dense", KEEPS),
     "tiny_imagenet": ("tiny_imagenet_paper_keep25", None, KEEPS),
     "cifar10": ("cifar10_paper_keep25", "cifar10_dense", (0.25,)),
+    "tiny_imagenet_fast": ("tiny_imagenet_fast_1025", None, (0.06,)),
 }
 
 
@@ -68,12 +73,24 @@ def evaluate(config: str, weights: Path, data: list[str], *options: object) -> d
     return report
 
 
+def sparsity_of(settings: dict[str, Any]) -> list[object]:
+    """The options that make a model as sparse as in a run."""
+    given = {field.name: settings[field.name] for field in fields(SparsityOptions)}
+    return [
+        word
+        for name, value in given.items()
+        if value is not None and not isinstance(value, bool)
+        for word in (f"--{name}", json.dumps(value) if isinstance(value, list) else value)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--data")
     parser.add_argument("--teacher", type=Path, help="weights of the dense teacher")
     parser.add_argument("--rows", nargs="*", help="only these: control, or a keep")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     parser.add_argument("--sharing", type=int, default=1, help="runs that shared the GPU, for the record")
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--output", type=Path, default=RESULTS / "training.json")
@@ -94,22 +111,24 @@ def main() -> None:
         train(teacher_config, folder, data, *more)
         teacher = folder / "last.safetensors"
     weights = ["--weights", teacher]
-    dense = ["--preset", "dense", "--keep", "null"]
-    control = options.runs / f"{options.suite}_control"
-    rows = options.rows or ["control", *keeps]
-    for keep in [None if row == "control" else float(row) for row in rows]:
+    given_by_config = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text()).keys() & {
+        field.name for field in fields(SparsityOptions)
+    }
+    unset = [word for name in sorted(given_by_config - {"preset"}) for word in (f"--{name}", "null")]
+    dense = ["--preset", "dense", *unset]
+    rows = [None if row == "control" else float(row) for row in options.rows or ["control", *keeps]]
+    for seed, keep in itertools.product(options.seeds, rows):
         name = "control" if keep is None else f"keep_{keep:g}"
         name += f"_{options.variant}" if options.variant else ""
-        output = options.runs / f"{options.suite}_{name}"
-        sparse_options = [] if keep is None else shlex.split(options.sparsity)
-        sparsity = dense if keep is None else ["--keep", keep, *sparse_options]
-        records, command = train(config, output, data, *weights, *sparsity, *more)
+        output = options.runs / f"{options.suite}_{name}_{seed}"
+        sparsity = dense if keep is None else ["--keep", keep, *shlex.split(options.sparsity)]
+        records, command = train(config, output, data, *weights, *sparsity, "--seed", seed, *more)
+        settings = yaml.safe_load((output / "config.yaml").read_text())
         # the evaluation runs in fp32
-        given = ["--preset", "dense"]
-        if keep is not None:
-            given = ["--preset", "paper", "--keep", keep, *sparse_options, "--mask-recall"]
+        given = [*sparsity_of(settings), *([] if keep is None else ["--mask-recall"])]
         last = output / "last.safetensors"
-        to_control = evaluate(config, last, data, *given, "--dense-weights", control / "last.safetensors")
+        control = options.runs / f"{options.suite}_control_{seed}" / "last.safetensors"
+        to_control = evaluate(config, last, data, *given, "--dense-weights", control)
         to_teacher = evaluate(config, last, data, *given, "--dense-weights", teacher)
         validations = [record for record in records if record["kind"] == "validation"]
         first = [record["top1"] for record in validations if record["stage"] == "reconstruct"]
@@ -118,7 +137,6 @@ def main() -> None:
             if record["kind"] == "train":
                 speeds.setdefault(record["stage"], []).append(record["images_per_second"])
         recall = to_teacher["mask_recall"]
-        settings = yaml.safe_load((output / "config.yaml").read_text())
         row = {
             "suite": options.suite,
             "keep": keep,

@@ -14,6 +14,7 @@ from torch import nn
 import sparsifiner
 from sparsifiner import SparsifyConfig
 from sparsifiner.attention import SparseAttention
+from sparsifiner.config import make_config
 from sparsifiner.patch import sparse_layers
 from tests.models import ARCHITECTURES, make_images, make_model
 
@@ -360,6 +361,9 @@ def test_supported_models_have_no_reason():
         ({"preset": "paper", "legacy": True, "backend": "torch"}, "runs on backend='reference' only"),
         ({"preset": "slow"}, "preset='slow' is unknown"),
         ({"kep": 0.1}, "'kep' is no option of SparsifyConfig"),
+        ({"profile": "rising"}, "profile='rising' is unknown"),
+        ({"pool": 0}, "pool must be at least 1, got 0"),
+        ({"tile": 8, "pool": 3}, "pool=3 must divide tile=8"),
     ],
 )
 def test_impossible_configurations_are_named_and_change_nothing(options, message):
@@ -367,6 +371,22 @@ def test_impossible_configurations_are_named_and_change_nothing(options, message
     with pytest.raises((TypeError, ValueError), match=message):
         sparsifiner.sparsify(model, **options)
     assert not any(isinstance(module, SparseAttention) for module in model.modules())
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.1, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("depth", [1, 2, 12])
+def test_falling_budgets_have_the_mean_that_was_asked_for(keep, depth):
+    keeps = [make_config("fast", keep=keep).keep_of(layer, depth) for layer in range(depth)]
+    assert sum(keeps) / depth == pytest.approx(keep)
+    assert keeps == sorted(keeps, reverse=True)
+    assert 0 < keeps[-1] <= keeps[0] <= 1
+    if depth == 12 and keep <= 0.3:
+        assert keeps[0] / keeps[5] == pytest.approx((11.5 / 6.5) ** 2)
+    shared = [make_config("fast", keep=keep, share=2).keep_of(layer, depth) for layer in range(depth)]
+    assert shared[::2][: depth // 2] == shared[1::2]
+    assert [make_config("paper", keep=keep).keep_of(layer, depth) for layer in range(depth)] == [keep] * depth
+    listed = [0.5] * depth
+    assert [make_config("fast", keep=listed).keep_of(layer, depth) for layer in range(depth)] == listed
 
 
 def test_config_and_options_exclude_each_other():
