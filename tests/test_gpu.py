@@ -61,7 +61,7 @@ def test_autocast(name):
         assert torch.isfinite(model(images)).all()
 
 
-@pytest.mark.parametrize("scorer", ["lowrank", "pooled", "oracle", "random", "window", "strided"])
+@pytest.mark.parametrize("scorer", ["lowrank", "impact", "pooled", "oracle", "random", "window", "strided"])
 @pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
 def test_model_on_the_gpu_equals_the_cpu(scorer):
     model = sparsifiner.sparsify(make_model("deit"), keep=0.2, tile=4, scorer=scorer)
@@ -71,7 +71,7 @@ def test_model_on_the_gpu_equals_the_cpu(scorer):
         assert (model.cuda()(images.cuda()).cpu() - expected).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("scorer", ["pooled", "lowrank"])
+@pytest.mark.parametrize("scorer", ["impact", "pooled", "lowrank"])
 def test_operations_are_timed_as_graphs(scorer):
     settings = OpsBenchmark(grid=16, batch_size=2, scorer=scorer, backward=True, runs=3, device="cuda")
     (rows,) = benchmark_operations(settings)

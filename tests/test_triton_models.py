@@ -16,8 +16,9 @@ pytestmark = [
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 CONFIGS = {
-    "pooled": {"tile": 4, "summary": 2},
-    "pooled, no summaries": {"tile": 2, "summary": None},
+    "impact": {"tile": 4, "summary": 2},
+    "pooled": {"tile": 4, "summary": 2, "scorer": "pooled"},
+    "pooled, no summaries": {"tile": 2, "summary": None, "scorer": "pooled"},
     "low-rank by tile": {"tile": 4, "summary": 2, "scorer": "lowrank"},
     "per query": {"preset": "paper", "keep": 0.2},
 }
@@ -80,8 +81,9 @@ def test_runs_in_a_cuda_graph(config):
     assert torch.equal(logits, expected)
 
 
-def test_flop_counter_sees_what_the_macs_say():
-    model, images = sparse_model("pooled", "triton"), make_images(96, batch=1).to(DEVICE)
+@pytest.mark.parametrize("config", ["impact", "pooled"])
+def test_flop_counter_sees_what_the_macs_say(config):
+    model, images = sparse_model(config, "triton"), make_images(96, batch=1).to(DEVICE)
     model.requires_grad_(False)
     report = sparsifiner.count_macs(model, (3, 96, 96)).to_dict()
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
