@@ -43,6 +43,7 @@ MODEL = ModelBenchmark(
 # compiling takes minutes, so compiled models are timed up to 512 px
 LARGE = replace(MODEL, img_size=1024, runs=7, warmup=1, compile=False)
 TILED = make_config("fast", keep=0.1, tile=8, summary=8, scorer="pooled", profile="even", backend="cpu")
+FAST = make_config("fast", keep=0.1, backend="cpu")
 PAPER = make_config("paper", keep=0.1, backend="cpu")
 
 GPU_TILES = OpsBenchmark(
@@ -65,19 +66,25 @@ TABLES: dict[str, dict[str, Work]] = {
         "op, tiles": TILES,
         "op, tiles, bf16": replace(TILES, dtype="bf16"),
         "op, tiles, torch operations": replace(TILES, backend="torch"),
+        "op, impact": replace(TILES, scorer="impact"),
         "DeiT-S, tiles": (MODEL, TILED),
         "DeiT-S, tiles, 1024 px": (LARGE, TILED),
+        "DeiT-S, preset fast": (MODEL, FAST),
+        "DeiT-S, preset fast, 1024 px": (LARGE, FAST),
         "DeiT-S, per query": (MODEL, PAPER),
         "DeiT-S, per query, 1024 px": (LARGE, PAPER),
     },
     "gpu": {
         "op, tiles": GPU_TILES,
+        "op, impact": replace(GPU_TILES, scorer="impact"),
         "op, tiles, lists for two layers": replace(GPU_TILES, share=2),
         "op, tiles, low-rank": replace(GPU_ONE, scorer="lowrank"),
         "op, tiles, backward": replace(GPU_ONE, backward=True),
         "op, tiles, low-rank, lists for two layers": replace(GPU_ONE, scorer="lowrank", share=2),
         "DeiT-S, tiles": (GPU_MODEL, GPU_TILED),
         "DeiT-S, tiles, 2048 px": (GPU_LARGE, GPU_SPARSER),
+        "DeiT-S, preset fast": (GPU_MODEL, replace(FAST, backend="triton")),
+        "DeiT-S, preset fast, 2048 px": (GPU_LARGE, replace(FAST, keep=0.05, backend="triton")),
         "DeiT-S, tiles, training": (replace(GPU_MODEL, train=True), GPU_TILED),
         "DeiT-S, tiles, lists for two layers": (GPU_MODEL, replace(GPU_TILED, share=2)),
         "DeiT-S, tiles, 2048 px, lists for two layers": (GPU_LARGE, replace(GPU_SPARSER, share=2)),
