@@ -96,22 +96,21 @@ void measure_mass(
     }
 }
 
-// Keys behind the forced ones, KEYS of them side by side.
+// Keys behind the forced ones, KEYS of them side by side, zeros behind the last.
 template <class Element>
 void pack_keys(
     const SparsifinerImpact& a, int64_t batch, int64_t head, int64_t block, int64_t forced, float* to) {
     to += block * a.head_dim * KEYS;
-    for (int64_t lane = 0; lane < KEYS; ++lane) {
-        const int64_t token = forced + block * KEYS + lane;
-        if (token >= a.tokens) {
-            for (int64_t i = 0; i < a.head_dim; ++i) to[i * KEYS + lane] = 0.0f;
-            continue;
-        }
-        const Element* key = row_of<const Element>(a.k, batch, head, token);
-        float row[LANES];
+    for (int v = 0; v < VECTORS; ++v) {
+        const int64_t token = forced + block * KEYS + v * LANES;
         for (int64_t i = 0; i < a.head_dim; i += LANES) {
-            store(row, load(key + i));
-            for (int64_t part = 0; part < LANES; ++part) to[(i + part) * KEYS + lane] = row[part];
+            Floats rows[LANES];
+            for (int lane = 0; lane < LANES; ++lane)
+                rows[lane] = token + lane < a.tokens
+                                 ? load(row_of<const Element>(a.k, batch, head, token + lane) + i)
+                                 : Floats{};
+            transpose(rows);
+            for (int part = 0; part < LANES; ++part) store(to + (i + part) * KEYS + v * LANES, rows[part]);
         }
     }
 }
@@ -119,33 +118,34 @@ void pack_keys(
 // The larger one, or NaN if one is.
 inline Floats largest(Floats x, Floats y) { return y != y ? y : larger(x, y); }
 
-// Scores of one tile for a block of keys: the largest over its mean queries.
+// Scores of one tile for a block of keys: the largest over its mean queries, `Queries` at a time.
+template <int Queries>
 void score_block(
     const SparsifinerImpact& a, const Head& from, const int32_t* squares, int64_t block, Floats (&best)[VECTORS]) {
     const float* keys = from.keys + block * a.head_dim * KEYS;
     for (int v = 0; v < VECTORS; ++v) best[v] = all(-INFINITE);
-    for (int64_t first = 0; first < a.members; first += QUERIES) {
-        const float* query[QUERIES];
-        float mass[QUERIES];
-        for (int64_t u = 0; u < QUERIES; ++u) {
+    for (int64_t first = 0; first < a.members; first += Queries) {
+        const float* query[Queries];
+        float mass[Queries];
+        for (int64_t u = 0; u < Queries; ++u) {
             // queries that are not there repeat the last one
             const int64_t square = squares[smaller(first + u, a.members - 1)];
             query[u] = from.queries + square * a.head_dim;
             mass[u] = a.members > 1 ? from.log_mass[square] : 0.0f;
         }
-        Floats sums[QUERIES][VECTORS] = {};
+        Floats sums[Queries][VECTORS] = {};
         for (int64_t i = 0; i < a.head_dim; ++i) {
             Floats key[VECTORS];
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; ++v) key[v] = load(keys + i * KEYS + v * LANES);
 #pragma GCC unroll 4
-            for (int u = 0; u < QUERIES; ++u) {
+            for (int u = 0; u < Queries; ++u) {
                 const Floats factor = all(query[u][i]);
 #pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; ++v) sums[u][v] += factor * key[v];
             }
         }
-        for (int u = 0; u < QUERIES; ++u)
+        for (int u = 0; u < Queries; ++u)
             for (int v = 0; v < VECTORS; ++v) best[v] = largest(sums[u][v] * a.scale - mass[u], best[v]);
     }
 }
@@ -203,7 +203,11 @@ void select_impact_as(int threads, const SparsifinerLists& lists, const Sparsifi
                     Moments moments;
                     for (int64_t block = 0; block < blocks; ++block) {
                         Floats best[VECTORS];
-                        score_block(a, from, a.tile_squares + tile * a.members, block, best);
+                        const int32_t* squares = a.tile_squares + tile * a.members;
+                        if (a.members == 1)
+                            score_block<1>(a, from, squares, block, best);
+                        else
+                            score_block<QUERIES>(a, from, squares, block, best);
                         for (int v = 0; v < VECTORS; ++v) {
                             const int64_t key = block * KEYS + v * LANES;
                             if (key >= count_keys) break;
