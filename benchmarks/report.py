@@ -41,7 +41,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-TRAINING_IMAGES = {"digits": 1437, "tiny_imagenet": 100_000, "cifar10": 50_000}
+TRAINING_IMAGES = {
+    "digits": 1437,
+    "tiny_imagenet": 100_000,
+    "tiny_imagenet_fast": 100_000,
+    "cifar10": 50_000,
+}
 GROUPS = {
     "floors": """### What the defaults reach
 
@@ -145,10 +150,11 @@ def training() -> str:
         """## After training
 
 The paper's two stages: the scorer learns the attention of the dense teacher, then the backbone learns to do
-with what the scorer chooses. The control is the dense teacher trained on by the second stage's recipe, equally
+with what the scorer chooses; suites named "fast" have the second alone. The control is the dense teacher trained on by the second stage's recipe, equally
 long. "Before" is top-1 after the first stage, "to the control" has the paired 95 % interval, recall is the
 share of the model's own dense attention on the listed keys, images/s are those of the stages, measured
-beside up to as many other runs on the same device as it says. One seed, last weights, all validation images.
+beside up to as many other runs on the same device as it says. Seed 0 unless it says another, last weights, all
+validation images.
 """
     ]
     for suite in dict.fromkeys(row["suite"] for row in rows):
@@ -159,7 +165,8 @@ beside up to as many other runs on the same device as it says. One seed, last we
             before = row["top1_after_reconstruct"]
             body.append([
                 ("dense control" if row["keep"] is None else f"{row['keep']:g}")
-                + (f", {row['variant']}" if row.get("variant") else ""),
+                + (f", {row['variant']}" if row.get("variant") else "")
+                + (f", seed {row['seed']}" if row["seed"] else ""),
                 f"{row['dense_top1'] if before is None else before:.2f}",
                 f"{row['top1']:.2f}",
                 "" if row["keep"] is None else f"{control['difference']:+.2f} ± {control['interval']:.2f}",

@@ -73,14 +73,18 @@ def evaluate(config: str, weights: Path, data: list[str], *options: object) -> d
     return report
 
 
+def _written(value: object) -> object:
+    return json.dumps(value) if isinstance(value, list) else value
+
+
 def sparsity_of(settings: dict[str, Any]) -> list[object]:
     """The options that make a model as sparse as in a run."""
     given = {field.name: settings[field.name] for field in fields(SparsityOptions)}
     return [
         word
         for name, value in given.items()
-        if value is not None and not isinstance(value, bool)
-        for word in (f"--{name}", json.dumps(value) if isinstance(value, list) else value)
+        if value is not None and value is not False
+        for word in ([f"--{name}"] if value is True else [f"--{name}", _written(value)])
     ]
 
 

@@ -83,8 +83,8 @@ def key_visits(sparse: nn.Module, image: Tensor) -> tuple[float, float]:
         sparse(image)
     visits = []
     for layer in traces.values():
-        layout, windows = layer.connectivity.layout, layer.connectivity.layout.squares(layer.summary or 10**6)
-        windows = windows if layer.summary else 0
+        layout = layer.connectivity.layout
+        windows = layout.squares(layer.summary) if layer.summary else 0
         visits.append((layer.connectivity.indices.shape[-1] + windows) / layout.tokens)
     layers = sparsifiner.count_macs(sparse, tuple(image.shape[1:])).layers
     scoring = sum(layer.scorer for layer in layers) / sum(layer.dense_attention / 2 for layer in layers)

@@ -374,7 +374,7 @@ def test_impossible_configurations_are_named_and_change_nothing(options, message
 
 
 @pytest.mark.parametrize("keep", [0.01, 0.1, 0.3, 0.7, 1.0])
-@pytest.mark.parametrize("depth", [1, 2, 12])
+@pytest.mark.parametrize("depth", [1, 2, 11, 12])
 def test_falling_budgets_have_the_mean_that_was_asked_for(keep, depth):
     keeps = [make_config("fast", keep=keep).keep_of(layer, depth) for layer in range(depth)]
     assert sum(keeps) / depth == pytest.approx(keep)
@@ -382,8 +382,10 @@ def test_falling_budgets_have_the_mean_that_was_asked_for(keep, depth):
     assert 0 < keeps[-1] <= keeps[0] <= 1
     if depth == 12 and keep <= 0.3:
         assert keeps[0] / keeps[5] == pytest.approx((11.5 / 6.5) ** 2)
-    shared = [make_config("fast", keep=keep, share=2).keep_of(layer, depth) for layer in range(depth)]
-    assert shared[::2][: depth // 2] == shared[1::2]
+    for share in (2, 5):
+        shared = [make_config("fast", keep=keep, share=share).keep_of(layer, depth) for layer in range(depth)]
+        assert shared == [shared[layer - layer % share] for layer in range(depth)]
+        assert sum(shared) / depth == pytest.approx(keep)
     assert [make_config("paper", keep=keep).keep_of(layer, depth) for layer in range(depth)] == [keep] * depth
     listed = [0.5] * depth
     assert [make_config("fast", keep=listed).keep_of(layer, depth) for layer in range(depth)] == listed

@@ -6,7 +6,8 @@ from sparsifiner import models as models
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.measure.macs import count_macs
-from sparsifiner.models.adapter import load_adapter, save_adapter
+from sparsifiner.models.adapter import save_adapter
+from sparsifiner.models.loading import load_adapter
 from sparsifiner.patch import desparsify, sparsify, why_not
 from sparsifiner.trace import trace
 

@@ -31,7 +31,8 @@ class SparsifyConfig:
             times the distance of a key's value from its window's mean; needs no training), "pooled"
             (tile-mean query · key, cheaper) or, to compare with, "oracle", "window", "strided" or "random".
         pool: side in patches of the squares whose mean queries score for "impact", a divisor of `tile`;
-            None for half of it, or for all of an odd one.
+            None for half of it, or for all of an odd one. Lists of fewer keys than a quarter of a tile's
+            queries are scored by the whole tile's mean all the same.
         basis: basis size K of the low-rank scorer.
         reduced_dim: head dim of its reduced queries and keys; half the head dim by default.
         coef_topk: coefficients that it keeps per row.
@@ -148,11 +149,11 @@ class SparsifyConfig:
         if self.profile == "even":
             return self.keep
         groups = -(-depth // self.share)  # layers that share lists keep the same
-        falling = [(1.0 - (group + 0.5) / groups) ** 2 for group in range(groups)]
-        weights = [weight * groups / sum(falling) for weight in falling]  # 1 on the average
+        falling = [(1.0 - (each // self.share + 0.5) / groups) ** 2 for each in range(depth)]
+        weights = [weight * depth / sum(falling) for weight in falling]  # 1 on the average
         # no layer can keep more than everything, so that large shares are spread more evenly
         spread = min(1.0, (1.0 / self.keep - 1.0) / (weights[0] - 1.0)) if groups > 1 else 0.0
-        return min(1.0, self.keep * (1.0 + spread * (weights[layer // self.share] - 1.0)))
+        return min(1.0, self.keep * (1.0 + spread * (weights[layer] - 1.0)))
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -48,7 +48,7 @@ def test_rows_of_sizes_measures_and_models():
         assert sparse["weights"] == "random, cast to fp32"
         assert sparse["left_out"] is None
     assert {row["tokens"] for row in rows} == {17, 37}
-    assert rows[0]["command"].endswith("--keep 0.3 --profile falling --tile 2 --scorer impact")
+    assert rows[0]["command"].endswith("--runs 2 --warmup 0 --keep 0.3 --tile 2")
 
 
 def test_the_faster_of_dense_and_compiled_dense_is_the_baseline(monkeypatch):

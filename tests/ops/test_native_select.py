@@ -187,10 +187,11 @@ def test_coefficients_are_those_of_the_formula(patches, prefix, head_dim, basis,
     ("patches", "prefix", "tile", "pool", "summary", "head_dim", "budget"),
     [
         (4, 1, 1, 1, 2, 16, 2),
+        (62, 3, 1, 1, None, 16, 9),
         (62, 1, 4, 2, 3, 16, 9),
         (62, 5, 8, 8, 4, 32, 20),
         (16, 0, 2, 1, 2, 16, 3),
-        (196, 2, 14, 7, 2, 64, 30),
+        (196, 2, 14, 7, 2, 64, 60),
         (196, 40, 6, 2, 4, 16, 60),
         (256, 1, 4, 2, 4, 64, 27),
     ],
@@ -202,11 +203,12 @@ def test_impact_lists_are_those_of_exact_scores(
     q, k, v = make_qkv(layout, head_dim=head_dim, batch=2, dtype=dtype)
     q[1, 1, -1], v[0, 1, -2], k[0, 0, -1] = torch.nan, torch.nan, torch.nan
     v[0, 0, prefix : prefix + 2] = 0.0
-    spec = ListSpec(layout, tile, budget, prefix, scale, "cpu", summary)
+    forced = prefix if tile > 1 else 0  # the prefix competes
+    spec = ListSpec(layout, tile, budget, forced, scale, "cpu", summary)
     scorer = ImpactScorer(pool)
     indices = scorer(q, k, v, spec).indices.long()
     exact = scorer.scores(q.double(), k.double(), v.double(), spec).nan_to_num(nan=-torch.inf)
-    exact[..., :prefix] = torch.inf
+    exact[..., :forced] = torch.inf
     best = exact.topk(budget, -1).values
     own = layout.square_tokens(tile, q.device)
     for batch, head, row in np.ndindex(indices.shape[:3]):
@@ -214,7 +216,7 @@ def test_impact_lists_are_those_of_exact_scores(
         listed = listed[listed >= 0]
         assert torch.equal(listed, listed.sort().values.unique())
         scores = exact[batch, head, row]
-        if (scores[prefix:] > -torch.inf).any():
+        if (scores[forced:] > -torch.inf).any():
             # as good as the best, but for rounding in fp32
             expected = best[batch, head, row]
             expected = expected[expected > -torch.inf]
@@ -223,8 +225,8 @@ def test_impact_lists_are_those_of_exact_scores(
             finite = expected < torch.inf
             assert (actual[finite] - expected[finite]).abs().nan_to_num().max() < 1e-5
         else:
-            mine = own[row][own[row] >= 0][: budget - prefix]
-            assert torch.equal(listed, torch.cat([torch.arange(prefix), mine]))
+            mine = own[row][own[row] >= 0][: budget - forced]
+            assert torch.equal(listed, torch.cat([torch.arange(forced), mine]))
 
 
 def test_impact_operator():

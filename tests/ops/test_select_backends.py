@@ -178,7 +178,7 @@ def test_pooled_scores_and_their_selection(
         (62, 1, 4, 2, 3, 16, 9),
         (62, 5, 8, 8, 4, 24, 20),
         (16, 0, 2, 1, 2, 8, 3),
-        (196, 2, 14, 7, 2, 64, 30),
+        (196, 2, 14, 7, 2, 64, 60),
         (196, 40, 6, 2, 4, 16, 50),  # more prefix keys than one step takes, nine squares in a tile
     ],
 )

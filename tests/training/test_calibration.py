@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 import sparsifiner
 from sparsifiner.cli import main
+from sparsifiner.config import make_config
+from sparsifiner.models.loading import load_model
 from sparsifiner.patch import sparse_layers
 from sparsifiner.training.calibration import calibrate, choose_budgets
 
@@ -69,6 +71,8 @@ def test_budgets_are_the_best_that_there_are():
 
     every = [b for b in itertools.product(range(2, 13), repeat=3) if sum(b) <= 14]
     assert error(chosen) == pytest.approx(min(map(error, every)))
+    # prices alone would leave these at 2 each, as all moves cost the same
+    assert choose_budgets([[4, 3.9, 1]] * 2, lengths, total=10, least=2, tokens=64) == [8, 2]
     assert choose_budgets(errors, lengths, total=6, least=2, tokens=64) == [2, 2, 2]
     assert choose_budgets(errors, lengths, total=200, least=2, tokens=64) == [64, 64, 64]
 
@@ -121,6 +125,9 @@ def test_keeps_what_it_cannot_better(monkeypatch):
         (lambda model: sparsifiner.sparsify(model, share=2), {}, "set share=1"),
         (lambda model: sparsifiner.sparsify(model, min_tokens=100), {}, "lower min_tokens=100"),
         (lambda model: None, {"images": []}, "no image"),
+        (lambda model: None, {"images": [torch.zeros(0, 3, 32, 32)]}, "no image"),
+        (lambda model: None, {"images": [torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 36, 36)]}, "one size"),
+        (lambda model: None, {"match": "logit"}, "match='logit' is unknown"),
         (sparsifiner.desparsify, {}, r"call sparsifiner.sparsify"),
     ],
 )
@@ -186,7 +193,7 @@ class TestAdapters:
         with pytest.raises(ValueError, match="cannot be read"):
             sparsifiner.load_adapter(make_dense(), tmp_path / "cut.safetensors")
         save_file({}, tmp_path / "bare.safetensors")
-        with pytest.raises(ValueError, match="holds no configuration"):
+        with pytest.raises(ValueError, match="holds scorers' weights alone"):
             sparsifiner.load_adapter(make_dense(), tmp_path / "bare.safetensors")
         with pytest.raises(ValueError, match=r"must end in \.safetensors"):
             sparsifiner.save_adapter(make_sparse(), tmp_path / "a.bin")
@@ -200,3 +207,19 @@ class TestAdapters:
         other = timm.create_model("deit_tiny_patch16_224", img_size=64, **SMALL)
         with pytest.raises(ValueError, match="does not fit the model"):
             sparsifiner.load_adapter(other, tmp_path / "a.safetensors")
+        with pytest.raises(ValueError, match=r"call sparsifiner\.sparsify"):  # it stayed dense
+            sparse_layers(other)
+        sparsifiner.sparsify(other, keep=0.3)
+        scorer = other.blocks[0].attn.scorer
+        with pytest.raises(ValueError, match="does not fit the model"):
+            sparsifiner.load_adapter(other, tmp_path / "a.safetensors")
+        assert other.blocks[0].attn.scorer is scorer
+        assert {layer.config.keep for layer in sparse_layers(other)} == {0.3}
+
+    def test_a_configuration_besides_its_own_is_refused(self, tmp_path):
+        sparsifiner.save_adapter(make_sparse(), tmp_path / "a.safetensors")
+        arguments = {"img_size": 32, "model_args": SMALL, "adapter": tmp_path / "a.safetensors"}
+        model = load_model("deit_tiny_patch16_224", **arguments)
+        assert sparse_layers(model)[0].config == sparse_layers(make_sparse())[0].config
+        with pytest.raises(ValueError, match="brings its own configuration"):
+            load_model("deit_tiny_patch16_224", config=make_config("fast", keep=0.9), **arguments)

@@ -58,7 +58,8 @@ class SparsityOptions:
         tile: side in patches of the square of queries that share a key list.
         summary: side in patches of the summary windows, "auto", or "none".
         scorer: who chooses the keys.
-        pool: side in patches of the squares whose mean queries score for "impact".
+        pool: side in patches of the squares whose mean queries score for "impact"; half the tile's by
+            default.
         share: consecutive layers that attend by the lists of the first of them.
         backend: "auto", "reference", "torch" or, on a GPU, "triton".
         min_tokens: layers that see fewer tokens stay dense.

@@ -1,7 +1,8 @@
 """Accuracy of a model, alone or paired with its dense twin on the same images."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from sparsifiner.models.features import patch_tokens
 
 _NORMAL_95 = 1.96
 
@@ -93,19 +96,23 @@ def evaluate(
     labels: list[Tensor] = []
     bar = tqdm(batches, desc="evaluating", unit="batch", disable=None if progress else True, leave=False)
     hits = seen = 0
-    for images, label in bar:
-        images = images.to(device, non_blocking=True)
-        if not labels:
-            for run in runs.values():
-                run.compute(images)
-        labels.append(label)
-        for run in runs.values():
-            run.step(images)
+    with ExitStack() as stack:
         if dense is not None:
-            tokens.add(runs["model"].tokens, runs["dense"].tokens)
-        hits += int((runs["model"].logits[-1].argmax(1) == label).sum())
-        seen += len(label)
-        bar.set_postfix(top1=f"{100 * hits / seen:.2f}", refresh=False)
+            for run in runs.values():
+                stack.enter_context(run.keeping_tokens())
+        for images, label in bar:
+            images = images.to(device, non_blocking=True)
+            if not labels:
+                for run in runs.values():
+                    run.compute(images)
+            labels.append(label)
+            for run in runs.values():
+                run.step(images)
+            if dense is not None:
+                tokens.add(runs["model"].tokens, runs["dense"].tokens)
+            hits += int((runs["model"].logits[-1].argmax(1) == label).sum())
+            seen += len(label)
+            bar.set_postfix(top1=f"{100 * hits / seen:.2f}", refresh=False)
     if not labels:
         raise ValueError("data: there is no image to evaluate on")
     label = torch.cat(labels)
@@ -155,14 +162,27 @@ class _Run:
         self.seconds = 0.0
         self.tokens: Tensor | None = None
 
+    @contextmanager
+    def keeping_tokens(self) -> Iterator[None]:
+        """Keeps the patch tokens of each batch, where the model has some."""
+        model = self.model
+        if not isinstance(model, VisionTransformer):
+            yield
+            return
+
+        def keep(module: nn.Module, args: Any, features: Tensor) -> None:
+            self.tokens = patch_tokens(model, features)
+
+        # the last module that all tokens go through, an Identity in models that norm behind their pooling
+        handle = model.norm.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
     def compute(self, images: Tensor) -> Tensor:
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            if isinstance(self.model, VisionTransformer):
-                features = self.model.forward_features(images)
-                self.tokens = features[:, self.model.num_prefix_tokens :]
-                logits: Tensor = self.model.forward_head(features)
-            else:
-                logits = self.model(images)
+            logits: Tensor = self.model(images)
         return logits.float().cpu()  # the copy waits for a GPU
 
     def step(self, images: Tensor) -> None:

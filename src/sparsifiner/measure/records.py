@@ -15,6 +15,7 @@ from typing import Any
 import timm
 import torch
 
+from sparsifiner.config import SparsifyConfig, make_config
 from sparsifiner.files import write_aside
 
 Row = dict[str, Any]
@@ -46,11 +47,12 @@ def command_of(name: str, *groups: object, renamed: Mapping[str, str] | None = N
     words = ["sparsifiner", *name.split()]
     for group in groups:
         assert dataclasses.is_dataclass(group)
+        # commands begin with a preset
+        kind: Any = type(group)
+        usual = make_config("fast") if kind is SparsifyConfig else kind()
         for field in dataclasses.fields(group):
-            value, default = getattr(group, field.name), field.default
-            if field.default_factory is not dataclasses.MISSING:
-                default = field.default_factory()
-            if value != default:
+            value = getattr(group, field.name)
+            if value != getattr(usual, field.name):
                 words += _words_of((renamed or {}).get(field.name, field.name).replace("_", "-"), value)
     return shlex.join(words)
 

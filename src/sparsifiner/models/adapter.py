@@ -1,17 +1,16 @@
 """Adapter files: a sparse configuration and the scorers' weights, apart from the backbone."""
 
 import json
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from sparsifiner.config import SparsifyConfig, make_config
 from sparsifiner.files import write_aside
-from sparsifiner.patch import sparse_layers, sparsify
+from sparsifiner.patch import sparse_layers
 
 _KEY = "sparsifiner"
 
@@ -54,39 +53,6 @@ def check_new(path: str | Path) -> Path:
     return path
 
 
-def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
-    """Makes a model sparse as an adapter file says, in place, with its scorers' weights.
-
-    Args:
-        model: the dense model that the adapter was made for, or a sparse one.
-        path: what `save_adapter` or `sparsifiner calibrate` wrote.
-
-    Returns:
-        The same model.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds no configuration, or does not fit the model.
-    """
-    config = read_adapter_config(path)
-    if config is None:
-        raise ValueError(
-            f"path={str(path)!r} holds no configuration; call sparsify(model, preset='paper', ...) and load "
-            "it as weights"
-        )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the low-rank scorer is untrained")  # its weights are about to come
-        sparsify(model, config)
-    scorers = load_file(path)
-    own = {name: tensor.shape for name, tensor in model.state_dict().items() if ".scorer." in name}
-    given = {name: tensor.shape for name, tensor in scorers.items()}
-    if own != given:
-        wrong = sorted(set(own.items()) ^ set(given.items()))[0][0]
-        raise ValueError(f"path={str(path)!r} does not fit the model: {wrong} is another or missing")
-    model.load_state_dict(scorers, strict=False)
-    return model
-
-
 def read_adapter_config(path: str | Path) -> SparsifyConfig | None:
     """The configuration that an adapter file holds, None for the scorers' weights alone.
 
@@ -97,6 +63,8 @@ def read_adapter_config(path: str | Path) -> SparsifyConfig | None:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"adapter={str(path)!r}: there is no such file")
+    if path.suffix != ".safetensors":  # a torch checkpoint
+        return None
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)

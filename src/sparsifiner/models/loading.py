@@ -12,8 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sparsifiner.attention import SparseAttention
 from sparsifiner.config import SparsifyConfig
-from sparsifiner.patch import sparsify
+from sparsifiner.models.adapter import read_adapter_config
+from sparsifiner.patch import desparsify, sparsify
 
 _SHOWN_KEYS = 3
 
@@ -55,6 +57,8 @@ def load_model(
     if img_size is not None:
         arguments["img_size"] = img_size
     state = None if weights is None else read_weights(weights)
+    if adapter is not None:
+        config = _config_of_adapter(adapter, config)
     scorers = None if adapter is None else _read_adapter(adapter, config)
     try:
         model: nn.Module = timm.create_model(name, pretrained=pretrained, **arguments)
@@ -113,9 +117,63 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in content.items()}
 
 
+def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
+    """Makes a model sparse as an adapter file says, in place, with its scorers' weights.
+
+    Args:
+        model: the dense model that the adapter was made for, or a sparse one.
+        path: what `save_adapter` or `sparsifiner calibrate` wrote.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no configuration, or does not fit the model, which is then as it was.
+    """
+    config = read_adapter_config(path)
+    if config is None:
+        raise ValueError(
+            f"path={str(path)!r} holds scorers' weights alone, as training writes them; give the "
+            "configuration they were trained with: load_model(name, config=..., weights=..., adapter=...)"
+        )
+    scorers = _read_adapter(path, config)
+    before = [(module, dict(module.__dict__), dict(module._modules)) for module in _sparse(model)]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "the low-rank scorer is untrained"
+            )  # its weights are about to come
+            sparsify(model, config)
+        backbone = {key: value for key, value in model.state_dict().items() if ".scorer." not in key}
+        _load_checked(model, {**backbone, **scorers}, f"path={str(path)!r}")
+    except ValueError:
+        if not before:
+            desparsify(model)
+        for module, attributes, children in before:
+            module.__dict__.update(attributes)
+            module._modules.update(children)
+        raise
+    return model
+
+
+def _sparse(model: nn.Module) -> list[SparseAttention]:
+    return [module for module in model.modules() if isinstance(module, SparseAttention)]
+
+
+def _config_of_adapter(path: str | Path, config: SparsifyConfig | None) -> SparsifyConfig | None:
+    """The configuration that an adapter brings, else the one that is given; both must agree."""
+    brought = read_adapter_config(path)
+    if brought is not None and config is not None and brought != config:
+        raise ValueError(
+            f"adapter={str(path)!r} brings its own configuration, which differs from config; leave config out"
+        )
+    return brought or config
+
+
 def _read_adapter(path: str | Path, config: SparsifyConfig | None) -> dict[str, Tensor]:
     scorers = read_weights(path)
-    if not scorers and config is not None:  # a calibrated scorer without parameters
+    if not scorers and config is not None and config.scorer != "lowrank":  # scorers without parameters
         return scorers
     if config is None or config.scorer != "lowrank":
         chosen = "preset='dense'" if config is None else f"scorer={config.scorer!r}"

@@ -22,10 +22,11 @@ class ImpactScorer(Scorer):
 
     Where a tile is one square Z_s changes no order and is left out.
 
-    Windows are those of the summaries; without summaries, those that "auto" would take. A mean over a whole
-    tile hides what few of its queries look for, so that squares smaller than the tile score. It costs
-    1 / pool² of QKᵀ, and the windows their share of that. Lists of fewer keys than a quarter of a tile's
-    queries, as in the last layers, are not worth it: there a tile is one square.
+    Windows are those of the summaries; without summaries all patches are one, since nothing nearer stands for
+    a key that is not listed. A mean over a whole tile hides what few of its queries look for, so that squares
+    smaller than the tile score. It costs 1 / pool² of QKᵀ, and the windows their share of that. Lists of
+    fewer keys than a quarter of a tile's queries, as in the last layers, are not worth it: there a tile is
+    one square.
 
     Args:
         pool: side of the squares in patches, a divisor of the tile; None for half of it, all of an odd one.
@@ -91,13 +92,14 @@ class ImpactScorer(Scorer):
 
     def pool_side(self, spec: ListSpec) -> int:
         """Side of the squares whose mean queries score."""
-        if spec.budget - spec.forced < spec.tile**2 // 4:
+        height, width = spec.layout.square_shape(spec.tile)
+        if spec.budget - spec.forced < height * width // 4:
             return spec.tile
         return self.pool or (spec.tile if spec.tile % 2 else spec.tile // 2)
 
     @staticmethod
     def _window_side(spec: ListSpec) -> int:
-        return spec.summary or spec.layout.auto_summary()
+        return spec.summary or max(spec.layout.grid)
 
     def fused_lists(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str) -> Tensor | None:
         """See `Scorer.fused_lists`."""

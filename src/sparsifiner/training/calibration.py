@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from sparsifiner.attention import SparseAttention
 from sparsifiner.config import SparsifyConfig, change_config
 from sparsifiner.connectivity import exact_ratio
 from sparsifiner.layout import TokenLayout
+from sparsifiner.models.features import patch_tokens
 from sparsifiner.patch import sparse_layers, sparsify
 
 # List lengths at which a layer is measured, as multiples of the mean length that is asked for.
@@ -71,9 +72,9 @@ def calibrate(
 ) -> Calibration:
     """Spreads the keys of a sparse model over its layers so that it comes nearest to its dense twin.
 
-    The sum over the layers stays what it was, and so do the MACs. Layers are measured one at a time, all
-    others dense: their errors nearly add up. The weights are not touched, and no labels are needed. If what
-    is chosen is no better than what was there, that stays.
+    Together the layers list at most as many keys as before, so that no MACs are added. Layers are measured
+    one at a time, all others dense: their errors nearly add up. The weights are not touched, and no labels
+    are needed. If what is chosen is no better than what was there, that stays.
 
     Args:
         model: a sparse model in evaluation mode; its configuration is changed in place.
@@ -86,16 +87,24 @@ def calibrate(
         What was measured and chosen.
 
     Raises:
-        ValueError: the model is not sparse, is in training, shares lists, has no classes to match, or there
-            is no image.
+        TypeError: the model is no timm Vision Transformer.
+        ValueError: the model is not sparse, is in training, shares lists, has no classes to match, stays
+            dense at this size; `match` is unknown; there is no image, or they differ in size.
     """
     layers = sparse_layers(model)
-    assert isinstance(model, VisionTransformer)
+    if not isinstance(model, VisionTransformer):
+        raise TypeError(
+            f"model must be a timm VisionTransformer, got {type(model).__name__}; give what it wraps"
+        )
     config = layers[0].config
     _check(model, config, match)
     batches = [batch.to(device) for batch in images]
-    if not batches:
+    count = sum(map(len, batches))
+    if not count:
         raise ValueError("images: there is no image to calibrate on")
+    sizes = {tuple(batch.shape[-2:]) for batch in batches}
+    if len(sizes) > 1:
+        raise ValueError(f"images have the sizes {sorted(sizes)}; give one size at a time")
     model.patch_embed(batches[0][:1])  # models of any image size note the grid here
     layout = TokenLayout(layers[0].grid.current(), layers[0].prefix)
     keeps = [layer.keep for layer in layers]
@@ -109,7 +118,6 @@ def calibrate(
     total = sum(before)
     lengths = _lengths(total / len(layers), least, layout.tokens)
     rows = torch.zeros(len(layers), len(lengths), dtype=torch.float64)
-    count = sum(map(len, batches))
     bar = tqdm(batches, desc="calibrating", unit="batch", disable=None if progress else True, leave=False)
     with _restored(layers):
         for batch in bar:
@@ -145,7 +153,8 @@ def choose_budgets(
 
     Errors between the measured lengths are interpolated over the logarithm of the length; no longer list is
     taken to be worse, and a list of every key has no error. A price per key turns the problem into one per
-    layer; the price is searched for.
+    layer; the price is searched for. Keys that are left over, since a price moves many layers at once, go
+    where they help most, one layer at a time.
 
     Args:
         errors: one row per layer, one column per length.
@@ -168,7 +177,21 @@ def choose_budgets(
     for _ in range(60):
         price = (low + high) / 2
         low, high = (low, price) if cheapest(price).sum() <= total else (price, high)
-    return [int(length) for length in cheapest(high)]
+    return _spend_rest(cheapest(high), candidates, curves, total)
+
+
+def _spend_rest(chosen: Tensor, candidates: Tensor, curves: Tensor, total: int) -> list[int]:
+    """Lengthens lists, the largest gain per key first, while keys are left and help."""
+    place = torch.searchsorted(candidates, chosen)
+    while True:
+        cost = candidates - candidates[place][:, None]  # [layers, candidates]
+        gain = curves.gather(1, place[:, None]) - curves
+        affordable = (cost > 0) & (cost <= total - candidates[place].sum())
+        rate = torch.where(affordable, gain / cost.clamp(min=1), 0.0)
+        best = int(rate.argmax())
+        if rate.flatten()[best] <= 0:
+            return [int(length) for length in candidates[place]]
+        place[best // len(candidates)] = best % len(candidates)
 
 
 def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -181,6 +204,8 @@ def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _check(model: VisionTransformer, config: SparsifyConfig, match: Match) -> None:
+    if match not in get_args(Match):
+        raise ValueError(f"match={match!r} is unknown; choose one of {get_args(Match)}")
     if model.training:
         raise ValueError("model is in training mode; call model.eval() first")
     if config.share > 1:
@@ -258,7 +283,7 @@ def _outcome(model: VisionTransformer, features: Tensor, match: Match) -> Tensor
     if match == "logits":
         logits: Tensor = model.forward_head(features)
         return logits.double().log_softmax(-1)
-    return features[:, model.num_prefix_tokens :].double()
+    return patch_tokens(model, features).double()
 
 
 def _distance(actual: Tensor, expected: Tensor, match: Match) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention
 from sparsifiner.layout import TokenLayout
+from sparsifiner.models.features import patch_tokens
 from sparsifiner.ops.precision import without_autocast
 from sparsifiner.patch import desparsify
 from sparsifiner.scorers import BorrowingScorer
@@ -204,10 +205,7 @@ def _forward(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     """Patch tokens behind the final norm [B, patches, C] and logits [B, classes]."""
     assert isinstance(model, VisionTransformer)
     features = model.forward_features(images)
-    tokens = features[:, model.num_prefix_tokens :]
-    if isinstance(model.norm, nn.Identity):  # average pooling puts the final norm behind it
-        tokens = model.fc_norm(tokens)
-    return tokens, model.forward_head(features)
+    return patch_tokens(model, features), model.forward_head(features)
 
 
 def _layout_of(model: nn.Module, images: Tensor) -> TokenLayout:
