@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import sparsifiner
 from sparsifiner.cli import COMMANDS, main
+from sparsifiner.config import make_config
+from sparsifiner.measure.records import command_of
 from sparsifiner.ops import native
 from sparsifiner.ops.sparse_attention import torch_backend
 
@@ -229,6 +231,24 @@ class TestBench:
         code, out, _ = run(capsys, *shlex.split(row["command"])[1:], "--json")
         assert code == 0
         assert json.loads(out)[0]["command"] == row["command"]
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            sparsifiner.SparsifyConfig(),
+            sparsifiner.SparsifyConfig(keep=[0.5, 0.1], summary=None, tile=6, pool=3, scorer="impact"),
+            make_config("fast", keep=0.05, share=2),
+            make_config("paper", seed=3, backend="torch"),
+        ],
+    )
+    def test_the_options_of_a_row_give_its_configuration(self, config, monkeypatch, capsys):
+        given = {}
+        monkeypatch.setattr(
+            "sparsifiner.cli.commands.load_model", lambda name, **arguments: given.update(arguments)
+        )
+        words = shlex.split(command_of("macs", config, renamed={"seed": "scorer_seed"}))
+        run(capsys, *words[1:])
+        assert given["config"] == config
 
     def test_model_reads_a_config_file(self, capsys, tmp_path):
         config = tmp_path / "bench.yaml"
