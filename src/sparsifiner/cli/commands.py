@@ -11,8 +11,15 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 
-from sparsifiner.cli.options import DataOptions, ModelOptions, SparsityOptions, WeightOptions
-from sparsifiner.data import ImageSet, evaluation_transform, make_loader, open_images
+from sparsifiner.cli.options import (
+    DataOptions,
+    ImageOptions,
+    ModelOptions,
+    SparsityOptions,
+    WeightOptions,
+    build_model,
+)
+from sparsifiner.data import ImageSet, make_loader, open_images
 from sparsifiner.demo import run_demo
 from sparsifiner.device import choose_device
 from sparsifiner.measure.accuracy import Accuracy
@@ -61,6 +68,7 @@ def evaluate(
     model: ModelOptions,
     weights: WeightOptions,
     sparsity: SparsityOptions,
+    preparation: ImageOptions,
     *,
     data: str = "digits",
     split: str = "validation",
@@ -69,10 +77,6 @@ def evaluate(
     device: str = "auto",
     amp: Literal["none", "bf16", "fp16"] = "none",
     limit: int | None = None,
-    mean: list[float] | None = None,
-    std: list[float] | None = None,
-    crop_pct: float | None = None,
-    interpolation: str | None = None,
     against_dense: bool = False,
     dense_weights: str | None = None,
     mask_recall: bool = False,
@@ -84,6 +88,7 @@ def evaluate(
         model: the model.
         weights: its weights.
         sparsity: how sparse.
+        preparation: how images are prepared.
         data: "digits" (embedded), a folder of class folders, a folder of Parquet files, tar shards, or
             the name of a data set on the hub.
         split: part of the data to read.
@@ -92,10 +97,6 @@ def evaluate(
         device: where to compute, such as "cuda" or "cpu"; "auto" takes a GPU if there is one.
         amp: autocast precision.
         limit: number of images, all by default.
-        mean: channel means for normalisation, the model's own by default.
-        std: channel standard deviations, the model's own by default.
-        crop_pct: share of the image side that the centre crop keeps, the model's own by default.
-        interpolation: resizing filter, the model's own by default.
         against_dense: evaluate the dense twin on the same images: difference with its paired 95 %
             interval, agreement, KL of the logits.
         dense_weights: file of weights of that twin, by default the model's own.
@@ -105,23 +106,7 @@ def evaluate(
     config = sparsity.to_config(weights.adapter)
     chosen = choose_device(device)
     images = open_images(data, split, limit=limit)
-    arguments = dict(model.model_args or {})
-    if weights.weights is None and not weights.pretrained:
-        print("no --weights and no --pretrained: the model's weights are random", file=sys.stderr)
-    if not weights.pretrained:  # a pretrained head stays as it is
-        arguments.setdefault("num_classes", images.num_classes)
-    built = load_model(
-        model.model,
-        config=config,
-        weights=weights.weights,
-        adapter=weights.adapter,
-        img_size=model.img_size,
-        pretrained=weights.pretrained,
-        model_args=arguments,
-    )
-    transform = evaluation_transform(
-        built, mean=mean, std=std, crop_pct=crop_pct, interpolation=interpolation
-    )
+    built = build_model(model, weights, config, images.num_classes)
     classes = getattr(built, "num_classes", None)
     if classes != images.num_classes:
         raise ValueError(f"data={data!r} has {images.num_classes} classes, but the model has {classes}")
@@ -129,7 +114,7 @@ def evaluate(
     dense = desparsify(copy.deepcopy(built)) if against_dense or dense_weights else None
     if dense is not None and dense_weights is not None:
         load_weights(dense, dense_weights)
-    batches = make_loader(images, transform, batch_size, workers=workers)
+    batches = make_loader(images, preparation.transform(built), batch_size, workers=workers)
     accuracy = evaluate_accuracy(
         built,
         batches,

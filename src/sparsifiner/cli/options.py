@@ -1,13 +1,17 @@
 """Options that several commands share."""
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from sparsifiner.config import SparsifyConfig, make_config
-from sparsifiner.data import ImageSet, open_images
+from sparsifiner.data import ImageSet, evaluation_transform, open_images
 from sparsifiner.models.adapter import read_adapter_config
+from sparsifiner.models.loading import load_model
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,27 @@ class WeightOptions:
     weights: str | None = None
     adapter: str | None = None
     pretrained: bool = False
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How images are prepared; what is not given is the model's own.
+
+    Attributes:
+        mean: channel means for normalisation.
+        std: channel standard deviations.
+        crop_pct: share of the image side that the centre crop keeps.
+        interpolation: resizing filter.
+    """
+
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+
+    def transform(self, model: nn.Module) -> Any:
+        """The transform of images for a model, without augmentation."""
+        return evaluation_transform(model, **dataclasses.asdict(self))
 
 
 @dataclass(frozen=True)
@@ -122,6 +147,33 @@ class SparsityOptions:
         if "scorer_seed" in options:
             options["seed"] = options.pop("scorer_seed")
         return make_config(self.preset, **options)
+
+
+def build_model(
+    model: ModelOptions, weights: WeightOptions, config: SparsifyConfig | None, num_classes: int
+) -> nn.Module:
+    """The model with its weights, and a word on standard error where these are random.
+
+    Args:
+        model: which model.
+        weights: which weights.
+        config: how sparse, None for dense.
+        num_classes: of the images; a pretrained head stays as it is.
+    """
+    arguments = dict(model.model_args or {})
+    if weights.weights is None and not weights.pretrained:
+        print("no --weights and no --pretrained: the model's weights are random", file=sys.stderr)
+    if not weights.pretrained:
+        arguments.setdefault("num_classes", num_classes)
+    return load_model(
+        model.model,
+        config=config,
+        weights=weights.weights,
+        adapter=weights.adapter,
+        img_size=model.img_size,
+        pretrained=weights.pretrained,
+        model_args=arguments,
+    )
 
 
 @dataclass(frozen=True)
