@@ -48,9 +48,10 @@ TRAINING_IMAGES = {
     "cifar10": 50_000,
 }
 GROUPS = {
-    "floors": """### What the defaults reach
+    "floors": """### The preset fast
 
-The preset `fast` as it is, and calibrated on 128 unlabelled images of the training split.""",
+The preset `fast` with the tile and the summaries given here, and calibrated on 128 unlabelled images of the
+training split.""",
     "baselines": """### Other key lists at the same key visits
 
 Random, window and strided lists with the same summaries, summaries alone (keep 1e-06), and the oracle, which
@@ -150,8 +151,8 @@ def training() -> str:
         """## After training
 
 The paper's two stages: the scorer learns the attention of the dense teacher, then the backbone learns to do
-with what the scorer chooses; suites named "fast" have the second alone. The control is the dense teacher trained on by the second stage's recipe, equally
-long. "Before" is top-1 after the first stage, "to the control" has the paired 95 % interval, recall is the
+with what the scorer chooses; suites named "fast" have the second alone. The control is the dense teacher
+trained on by the second stage's recipe, equally long. "Before" is top-1 after the first stage, "to the control" has the paired 95 % interval, recall is the
 share of the model's own dense attention on the listed keys, images/s are those of the stages, measured
 beside up to as many other runs on the same device as it says. Seed 0 unless it says another, last weights, all
 validation images.

@@ -11,8 +11,8 @@ import torch
 import sparsifiner
 from sparsifiner.measure.bench_ops import EVERYTHING, OpsBenchmark, benchmark_operations
 from sparsifiner.measure.macs import count_macs
+from sparsifiner.models.adapter import scorer_weights
 from sparsifiner.patch import sparse_layers
-from sparsifiner.training.stages import scorer_weights
 
 
 def make_model(depth=5, **options):

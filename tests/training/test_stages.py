@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2
 import sparsifiner
 from sparsifiner.attention import SparseAttention
 from sparsifiner.measure.recall import mask_recall
+from sparsifiner.models.adapter import is_scorer
 from sparsifiner.training import LossWeights, Recipe, Stage
 from sparsifiner.training.loop import choose_stages
 from sparsifiner.training.recipe import STAGE_KINDS
@@ -18,7 +19,6 @@ from sparsifiner.training.stages import (
     Student,
     Teacher,
     compute_losses,
-    is_scorer,
     needs_teacher,
     same_backbone,
     total_loss,

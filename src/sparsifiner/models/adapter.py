@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from sparsifiner.config import SparsifyConfig, make_config
 from sparsifiner.files import write_aside
@@ -28,14 +28,20 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     """
     path = check_new(path)
     config = sparse_layers(model)[0].config
-    scorers = {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-        if ".scorer." in name
-    }
+    scorers = {name: tensor.detach().cpu().contiguous() for name, tensor in scorer_weights(model).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {_KEY: json.dumps(asdict(config))}
     write_aside(path, lambda file: save_file(scorers, file, metadata))
+
+
+def is_scorer(name: str) -> bool:
+    """Whether a parameter of this name belongs to a scorer."""
+    return ".scorer." in name
+
+
+def scorer_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The scorers' entries of the state dict."""
+    return {name: tensor for name, tensor in model.state_dict().items() if is_scorer(name)}
 
 
 def check_new(path: str | Path) -> Path:

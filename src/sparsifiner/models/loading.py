@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention
 from sparsifiner.config import SparsifyConfig
-from sparsifiner.models.adapter import read_adapter_config
+from sparsifiner.models.adapter import is_scorer, read_adapter_config
 from sparsifiner.patch import desparsify, sparsify
 
 _SHOWN_KEYS = 3
@@ -141,11 +141,10 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     before = [(module, dict(module.__dict__), dict(module._modules)) for module in _sparse(model)]
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "the low-rank scorer is untrained"
-            )  # its weights are about to come
+            # its weights are about to come
+            warnings.filterwarnings("ignore", "the low-rank scorer is untrained")
             sparsify(model, config)
-        backbone = {key: value for key, value in model.state_dict().items() if ".scorer." not in key}
+        backbone = {key: value for key, value in model.state_dict().items() if not is_scorer(key)}
         _load_checked(model, {**backbone, **scorers}, f"path={str(path)!r}")
     except ValueError:
         if not before:
@@ -178,7 +177,7 @@ def _read_adapter(path: str | Path, config: SparsifyConfig | None) -> dict[str, 
     if config is None or config.scorer != "lowrank":
         chosen = "preset='dense'" if config is None else f"scorer={config.scorer!r}"
         raise ValueError(f"adapter={str(path)!r} holds low-rank scorers, but {chosen}; use preset='paper'")
-    strange = [key for key in scorers if ".scorer." not in key]
+    strange = [key for key in scorers if not is_scorer(key)]
     if strange:
         raise ValueError(
             f"adapter={str(path)!r} holds more than scorers ({_shorten(strange)}); load it as weights"
@@ -204,7 +203,7 @@ def _load_checked(model: nn.Module, state: dict[str, Tensor], source: str) -> No
         lines = str(error).splitlines()[1:]
         raise ValueError(f"{source} does not fit the model: {_shorten(lines)}") from error
     if not _holds_scorer(state):  # dense weights have no scorer: that is what training adds
-        missing = [key for key in missing if ".scorer." not in key]
+        missing = [key for key in missing if not is_scorer(key)]
     if missing or unexpected:
         problems = [f"{key} is missing from the file" for key in missing]
         problems += [f"{key} is unknown to the model" for key in unexpected]
@@ -212,7 +211,7 @@ def _load_checked(model: nn.Module, state: dict[str, Tensor], source: str) -> No
 
 
 def _holds_scorer(state: dict[str, Tensor]) -> bool:
-    return any(".scorer." in key or ".mask_predictor." in key for key in state)
+    return any(is_scorer(key) or ".mask_predictor." in key for key in state)
 
 
 def _check_image_size(model: nn.Module, name: str) -> None:

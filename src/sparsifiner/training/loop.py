@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsifiner.data import ImageSet
+from sparsifiner.models.adapter import scorer_weights
 from sparsifiner.training.data import (
     DROP,
     MIX,
@@ -43,7 +44,6 @@ from sparsifiner.training.stages import (
     compute_losses,
     needs_teacher,
     same_backbone,
-    scorer_weights,
     total_loss,
     weights_digest,
     why_skipped,

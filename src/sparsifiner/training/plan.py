@@ -15,11 +15,12 @@ from torch import nn
 from sparsifiner.attention import SparseAttention
 from sparsifiner.data import ImageSet
 from sparsifiner.measure.macs import count_macs
+from sparsifiner.models.adapter import is_scorer
 from sparsifiner.patch import why_not
 from sparsifiner.training.data import Share
 from sparsifiner.training.loop import train
 from sparsifiner.training.recipe import Recipe, Stage
-from sparsifiner.training.stages import is_scorer, why_skipped
+from sparsifiner.training.stages import why_skipped
 
 _STEPS = 2
 

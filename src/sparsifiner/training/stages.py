@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention
 from sparsifiner.layout import TokenLayout
+from sparsifiner.models.adapter import is_scorer
 from sparsifiner.models.features import patch_tokens
 from sparsifiner.ops.precision import without_autocast
 from sparsifiner.patch import desparsify
@@ -189,16 +190,6 @@ def same_backbone(model: nn.Module, other: nn.Module) -> bool:
     return weights.keys() == others.keys() and all(
         torch.equal(weight.cpu(), others[name].cpu()) for name, weight in weights.items()
     )
-
-
-def is_scorer(name: str) -> bool:
-    """Whether a parameter of this name belongs to a scorer."""
-    return ".scorer." in name
-
-
-def scorer_weights(model: nn.Module) -> dict[str, Tensor]:
-    """What an adapter file holds: the scorers' entries of the state dict."""
-    return {name: tensor for name, tensor in model.state_dict().items() if is_scorer(name)}
 
 
 def _forward(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
