@@ -8,8 +8,8 @@ TEACHERS holds weights by name, such as vit_tiny_patch4_64.tiny_imagenet.safeten
 evaluated through the public API beside its dense teacher, on the same images; rows are written as they come.
 Calibrated settings see 128 images of the training split and no labels.
 
-The groups: "floors" (the preset fast within the floors' key visits), "designs" (one choice changed at a time), "baselines" (other
-key lists at the same key visits) and "sweep" (budgets, for the curves).
+The groups: "floors" (the preset fast within the floors' key visits), "designs" (one choice changed at a
+time), "baselines" (other key lists at the same key visits) and "sweep" (budgets, for the curves).
 """
 
 import argparse
