@@ -93,6 +93,12 @@ TABLES: dict[str, dict[str, Work]] = {
             for keep in (0.1, 0.05, 0.25)
             for how, backend in (("packed", "triton"), ("masked", "torch"))
         },
+        **{
+            f"op, per query, {how}, backward": replace(
+                GPU_PER_QUERY, backend=backend, keep=0.1, backward=True
+            )
+            for how, backend in (("packed", "triton"), ("masked", "torch"))
+        },
     },
 }
 

@@ -3,17 +3,21 @@
     python benchmarks/training_free.py tiny_imagenet --data DATA --teachers TEACHERS
     python benchmarks/training_free.py tiny_imagenet --data DATA --teachers TEACHERS --groups floors
     python benchmarks/training_free.py cifar10 --data DATA --teachers TEACHERS
+    python benchmarks/training_free.py tiny_imagenet_384 --data DATA --teachers TEACHERS
 
 TEACHERS holds weights by name, such as vit_tiny_patch4_64.tiny_imagenet.safetensors. Each setting is
 evaluated through the public API beside its dense teacher, on the same images; rows are written as they come.
-Calibrated settings see 128 images of the training split and no labels.
+Calibrated settings see 128 images of the training split and no labels. Teachers that are not shared come from
+`sparsifiner train` with configs/cifar10_dense.yaml and configs/tiny_imagenet_384_dense.yaml.
 
 The groups: "floors" (the preset fast within the floors' key visits), "designs" (one choice changed at a
-time), "baselines" (other key lists at the same key visits) and "sweep" (budgets, for the curves).
+time), "baselines" (other key lists at the same key visits) and "sweep" (budgets, for the curves; milliseconds
+are of batches of 100 in bf16, to be measured alone on a machine).
 """
 
 import argparse
 import copy
+import functools
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -26,16 +30,19 @@ from torch import Tensor, nn
 import sparsifiner
 from sparsifiner.data import evaluation_transform, make_loader, open_images
 from sparsifiner.measure.accuracy import evaluate
+from sparsifiner.measure.recall import mask_recall
+from sparsifiner.measure.timing import time_in_turns
 from sparsifiner.models.loading import load_model
-from sparsifiner.trace import trace
 from sparsifiner.training.calibration import calibrate
 
 CALIBRATION_IMAGES = 128
+RECALL_BATCHES = 5
 SWEEP = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 Setting = dict[str, Any]
 
 # The settings that the floors of 17 % (N = 257) and 12 % (N = 1025) of the key visits allow.
 FAST_257: Setting = {"keep": 0.1, "tile": 4, "summary": 4}
+FAST_577: Setting = {"keep": 0.1, "tile": 4, "summary": 4}
 FAST_1025: Setting = {"keep": 0.1, "tile": 8, "summary": 8, "pool": 2}
 EVEN: Setting = {"profile": "even"}
 CALIBRATED: Setting = {"calibrated": True}
@@ -70,29 +77,31 @@ def groups_of(fast: Setting) -> dict[str, list[Setting]]:
     }
 
 
-# suite -> teacher -> side of its patches and its settings
-SUITES: dict[str, dict[str, tuple[int, Setting]]] = {
-    "tiny_imagenet": {"vit_tiny_patch4_64": (4, FAST_257), "vit_tiny_patch2_64": (2, FAST_1025)},
-    "cifar10": {"vit_tiny_patch4_64": (4, FAST_257)},
+# suite -> teacher -> side of its images and patches, and its settings
+SUITES: dict[str, dict[str, tuple[int, int, Setting]]] = {
+    "tiny_imagenet": {"vit_tiny_patch4_64": (64, 4, FAST_257), "vit_tiny_patch2_64": (64, 2, FAST_1025)},
+    "tiny_imagenet_384": {"vit_tiny_patch16_384": (384, 16, FAST_577)},
+    "cifar10": {"vit_tiny_patch4_64": (64, 4, FAST_257)},
 }
 
 
-def key_visits(sparse: nn.Module, image: Tensor) -> tuple[float, float]:
-    """Listed and summary keys as a share of N, and scoring as a share of QKᵀ's MACs: means over layers."""
-    with torch.inference_mode(), trace(sparse) as traces:
-        sparse(image)
-    visits = []
-    for layer in traces.values():
-        layout = layer.connectivity.layout
-        windows = layout.squares(layer.summary) if layer.summary else 0
-        visits.append((layer.connectivity.indices.shape[-1] + windows) / layout.tokens)
-    layers = sparsifiner.count_macs(sparse, tuple(image.shape[1:])).layers
-    scoring = sum(layer.scorer for layer in layers) / sum(layer.dense_attention / 2 for layer in layers)
-    return sum(visits) / len(visits), scoring
+def milliseconds(models: dict[str, nn.Module], images: Tensor) -> dict[str, dict[str, float | bool]]:
+    """Time of a batch in bf16."""
+    images = images.bfloat16()
+
+    def forward(model: nn.Module) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = model(images)
+        return logits
+
+    copies = {name: copy.deepcopy(model).bfloat16() for name, model in models.items()}
+    functions = {name: functools.partial(forward, model) for name, model in copies.items()}
+    timings = time_in_turns(functions, device=images.device, graphs=True)
+    return {name: asdict(timing) for name, timing in timings.items()}
 
 
 def measure(
-    dense: nn.Module, setting: Setting, batches: list[Any], unlabelled: list[Tensor], device: str
+    dense: nn.Module, setting: Setting, batches: list[Any], unlabelled: list[Tensor], device: str, timed: bool
 ) -> dict[str, Any]:
     options = {name: value for name, value in setting.items() if name != "calibrated"}
     sparse = sparsifiner.sparsify(copy.deepcopy(dense), **options)
@@ -100,18 +109,25 @@ def measure(
     if setting.get("calibrated"):
         calibrate(sparse, unlabelled, device=device)
     seconds = time.perf_counter() - start
-    visits, scoring = key_visits(sparse, batches[0][0][:1].to(device))
+    macs = sparsifiner.count_macs(sparse, tuple(batches[0][0].shape[1:]))
+    counted = macs.to_dict()
     config = sparse.blocks[0].attn.config
     accuracy = evaluate(sparse, batches, dense=dense, device=device)
     return {
-        "tokens": sparse.blocks[0].attn.current_layout(dense.pos_embed.shape[1]).tokens,
+        "tokens": macs.tokens,
         **{name: getattr(config, name) for name in ("scorer", "tile", "pool", "profile", "summary", "share")},
         "keep": setting["keep"],
         "calibrated": setting.get("calibrated", False),
         "calibration_seconds": seconds if setting.get("calibrated") else None,
         "keep_by_layer": list(config.keep) if isinstance(config.keep, tuple) else None,
-        "key_visits": visits,
-        "scoring_share": scoring,
+        "key_visits": counted["key_visits"],
+        "scoring_share": counted["sparse"]["scorer"] / (counted["dense"]["attention"] / 2),
+        "macs": counted["sparse"],
+        "dense_macs": counted["dense"],
+        "milliseconds": milliseconds({"dense": dense, "sparse": sparse}, batches[0][0].to(device))
+        if timed
+        else None,
+        "mask_recall": mask_recall(sparse, batches[:RECALL_BATCHES], device=device),
         "dtype": "fp32",
         **asdict(accuracy),
         **provenance(device),
@@ -132,11 +148,11 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images = open_images(options.data, "validation", limit=options.limit)
     unlabelled = open_images(options.data, "train", limit=CALIBRATION_IMAGES)
-    for teacher, (patch, fast) in SUITES[options.suite].items():
+    for teacher, (side, patch, fast) in SUITES[options.suite].items():
         dense = load_model(
             "deit_tiny_patch16_224",
-            weights=options.teachers / f"{teacher}.{options.suite}.safetensors",
-            img_size=64,
+            weights=options.teachers / f"{teacher}.{options.suite.removesuffix('_384')}.safetensors",
+            img_size=side,
             model_args={"patch_size": patch, "num_classes": images.num_classes},
         ).to(device)
         if options.tokens not in {None, dense.pos_embed.shape[1]}:
@@ -148,7 +164,7 @@ def main() -> None:
             if options.groups and group not in options.groups:
                 continue
             for setting in settings:
-                row = measure(dense, setting, batches, seen, device)
+                row = measure(dense, setting, batches, seen, device, timed=group == "sweep")
                 append_rows(
                     options.output, [{"suite": options.suite, "teacher": teacher, "group": group, **row}]
                 )

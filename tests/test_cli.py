@@ -91,6 +91,7 @@ def test_macs_prints_a_table(capsys):
     assert code == 0
     assert "65 tokens" in out
     assert "attention" in out
+    assert "key visits" in out
 
 
 class TestInfo:

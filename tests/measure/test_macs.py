@@ -51,6 +51,7 @@ def test_report_of_the_paper_model():
     assert dense["tokens"] == 197
     assert dense["dense"] == {"attention": 12 * 2 * 384 * 197**2, "total": dense["sparse"]["total"]}
     assert dense["sparse"]["scorer"] == 0
+    assert dense["key_visits"] == 1
     assert dense["paper"]["mhsa"] / 1e6 == pytest.approx(357.7, abs=0.2)
 
     sparsifiner.sparsify(model, preset="paper", keep=0.1)
@@ -58,6 +59,7 @@ def test_report_of_the_paper_model():
     assert report["dense"] == dense["dense"]
     assert report["paper"]["mhsa"] == pytest.approx(111.4e6, abs=0.2e6)
     assert report["sparse"]["attention"] == 12 * 2 * 384 * (196 * 20 + 197)
+    assert report["key_visits"] == pytest.approx(20 / 197)
     # projections of q and k, k_down, coefficients, eight basis rows per query
     per_head = (196 + 197) * 64 * 32 + 197 * 32 * 32 + 196 * 32 * 32 + 196 * 8 * 197
     assert report["sparse"]["scorer"] == 12 * 6 * per_head
@@ -68,6 +70,16 @@ def test_report_of_the_paper_model():
 def test_paper_accounting_is_only_for_the_paper_method():
     model = timm.create_model("deit_small_patch16_224")
     assert sparsifiner.count_macs(sparsifiner.sparsify(model, keep=0.1)).paper_mhsa is None
+
+
+def test_key_visits_count_summaries_and_are_the_mean_over_layers():
+    model = make_model("deit", img_size=192)  # 145 tokens
+    sparsifiner.sparsify(model, keep=(0.2,) + (1.0,) * (len(model.blocks) - 1), tile=4, summary=4)
+    report = sparsifiner.count_macs(model, (3, 192, 192))
+    assert [layer.key_visits for layer in report.layers] == [(29 + 9) / 145] + [1] * (len(model.blocks) - 1)
+    assert report.to_dict()["key_visits"] == pytest.approx(
+        (38 / 145 + len(model.blocks) - 1) / len(model.blocks)
+    )
 
 
 def flops(model, images):

@@ -1,5 +1,6 @@
-"""Calibration: budgets against brute force, errors against whole models, the command and its file."""
+"""Calibration: budgets against brute force, errors against whole models, fits, the command and its file."""
 
+import copy
 import itertools
 import json
 
@@ -8,10 +9,13 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 import sparsifiner
 from sparsifiner.cli import main
 from sparsifiner.config import make_config
+from sparsifiner.measure.recall import mask_recall
+from sparsifiner.models.adapter import is_scorer, scorer_weights
 from sparsifiner.models.loading import load_model
 from sparsifiner.patch import sparse_layers
 from sparsifiner.training.calibration import calibrate, choose_budgets
@@ -176,6 +180,31 @@ def test_the_command_and_its_file(capsys, tmp_path):
     assert "relative distance of the patch tokens" in out
 
 
+class TestFit:
+    def test_scorers_learn_and_nothing_else_moves(self):
+        with pytest.warns(UserWarning, match="untrained"):
+            model = make_sparse(preset="paper", basis=8, coef_topk=4)
+        backbone = {key: value.clone() for key, value in model.state_dict().items() if not is_scorer(key)}
+        batches = make_batches(8, 8)
+        before, unfitted = mask_recall(model, [(batch, None) for batch in batches]), copy.deepcopy(model)
+        model.norm.weight.requires_grad_(False)
+        report = calibrate(model, batches, fit_steps=100, progress=False)
+        assert sum(mask_recall(model, [(batch, None) for batch in batches])) > sum(before)
+        state = model.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in backbone.items())
+        trainable = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        assert trainable == {"norm.weight"}
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert report.error < calibrate(unfitted, batches, fit_steps=0, progress=False).error
+
+    def test_no_steps_leave_the_scorers_as_they_are(self):
+        with pytest.warns(UserWarning, match="untrained"):
+            model = make_sparse(preset="paper", basis=8, coef_topk=4)
+        before = copy.deepcopy(scorer_weights(model))
+        calibrate(model, make_batches(2), fit_steps=0, progress=False)
+        assert all(torch.equal(value, before[key]) for key, value in scorer_weights(model).items())
+
+
 class TestAdapters:
     def test_learned_scorers_come_back(self, tmp_path):
         with pytest.warns(UserWarning, match="untrained"):
@@ -223,3 +252,34 @@ class TestAdapters:
         assert sparse_layers(model)[0].config == sparse_layers(make_sparse())[0].config
         with pytest.raises(ValueError, match="brings its own configuration"):
             load_model("deit_tiny_patch16_224", config=make_config("fast", keep=0.9), **arguments)
+
+
+class TestResampling:
+    def test_embeddings_of_another_size_are_fitted_as_timm_does(self, tmp_path):
+        save_file(make_dense().state_dict(), tmp_path / "dense.safetensors")
+        arguments = {"img_size": 96, "model_args": {**SMALL, "patch_size": 8}}
+        with pytest.raises(ValueError, match="give --resample"):
+            load_model("deit_tiny_patch16_224", weights=tmp_path / "dense.safetensors", **arguments)
+        model = load_model(
+            "deit_tiny_patch16_224",
+            weights=tmp_path / "dense.safetensors",
+            resample=True,
+            config=make_config(keep=0.3),
+            **arguments,
+        )
+        kernel = make_dense().patch_embed.proj.weight
+        assert torch.equal(model.patch_embed.proj.weight, resample_patch_embed(kernel, [8, 8]))
+        expected = resample_abs_pos_embed(make_dense().pos_embed, [12, 12], num_prefix_tokens=1)
+        assert torch.equal(model.pos_embed, expected)
+        assert torch.equal(model.blocks[2].mlp.fc1.weight, make_dense().blocks[2].mlp.fc1.weight)
+
+    def test_what_does_not_belong_is_still_named(self, tmp_path):
+        save_file({**make_dense().state_dict(), "alien": torch.ones(1)}, tmp_path / "strange.safetensors")
+        with pytest.raises(ValueError, match="alien is unknown"):
+            load_model(
+                "deit_tiny_patch16_224",
+                weights=tmp_path / "strange.safetensors",
+                resample=True,
+                img_size=64,
+                model_args=SMALL,
+            )

@@ -2,6 +2,7 @@
 
 import json as json_format
 import time
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -28,11 +29,12 @@ def calibrate(
     batch_size: int = 32,
     workers: int = 2,
     match: Literal["logits", "tokens"] = "logits",
+    fit_steps: int = 300,
     output: Path = Path("runs/calibrated.safetensors"),
     device: str = "auto",
     json: bool = False,
 ) -> None:
-    """Spreads the keys over the layers so that the sparse model comes nearest to the dense one; no labels.
+    """Fits scorers and spreads keys over the layers to come nearest to the dense model; needs no labels.
 
     Args:
         model: the model.
@@ -45,6 +47,7 @@ def calibrate(
         batch_size: images per batch.
         workers: processes that read images, 0 for none.
         match: what should be as in the dense model: "logits", or "tokens" for detection and segmentation.
+        fit_steps: steps, of a batch each, in which scorers with weights learn; 0 for none.
         output: adapter file to write, with an .svg beside it; `eval --adapter` and
             `sparsifiner.load_adapter(model, path)` read it.
         device: where to compute, such as "cuda" or "cpu"; "auto" takes a GPU if there is one.
@@ -56,10 +59,14 @@ def calibrate(
     check_new(output)
     chosen = choose_device(device)
     images = open_images(data, split, limit=limit)
-    built = build_model(model, weights, config, images.num_classes).to(chosen)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the low-rank scorer is untrained")  # it is about to learn
+        built = build_model(model, weights, config, images.num_classes).to(chosen)
     loader = make_loader(images, preparation.transform(built), batch_size, workers=workers)
     start = time.perf_counter()
-    report = calibrate_model(built, (batch for batch, _ in loader), match=match, device=chosen)
+    report = calibrate_model(
+        built, (batch for batch, _ in loader), match=match, fit_steps=fit_steps, device=chosen
+    )
     seconds = time.perf_counter() - start
     save_adapter(built, output)
     write_calibration(output.with_suffix(".svg"), report)

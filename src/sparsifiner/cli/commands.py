@@ -60,6 +60,7 @@ def macs(model: ModelOptions, sparsity: SparsityOptions, *, json: bool = False) 
     for name in ("attention", "scorer", "total"):
         dense = report["dense"].get(name, 0) / 1e6
         print(f"{name:18}{dense:12.1f}{report['sparse'][name] / 1e6:12.1f}")
+    print(f"{'key visits':18}{'100.0 %':>12}{100 * report['key_visits']:10.1f} %")
     if report["paper"] is not None:
         print(f"{'paper accounting':18}{'':12}{report['paper']['mhsa'] / 1e6:12.1f}  (attention + scorer)")
 
@@ -182,6 +183,7 @@ def train(
             config=config,
             weights=weights.weights,
             adapter=weights.adapter,
+            resample=weights.resample,
             img_size=model.img_size,
             pretrained=weights.pretrained,
             model_args=arguments,

@@ -44,11 +44,13 @@ class WeightOptions:
         adapter: file that calibration wrote, which brings its own configuration, or of the scorers' weights
             alone, as training writes it.
         pretrained: load timm's weights from the hub.
+        resample: fit patch and position embeddings of weights made at another image or patch size.
     """
 
     weights: str | None = None
     adapter: str | None = None
     pretrained: bool = False
+    resample: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ def build_model(
         config=config,
         weights=weights.weights,
         adapter=weights.adapter,
+        resample=weights.resample,
         img_size=model.img_size,
         pretrained=weights.pretrained,
         model_args=arguments,

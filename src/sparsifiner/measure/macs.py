@@ -38,11 +38,13 @@ class LayerMacs:
         dense_attention: QKᵀ and AV over all pairs.
         attention: QKᵀ and AV as configured: listed keys, summaries and the prefix rows.
         scorer: everything that the scorer multiplies.
+        key_visits: listed and summary keys of a patch query, as a share of N; 1 where the layer is dense.
     """
 
     dense_attention: int
     attention: int
     scorer: int
+    key_visits: float
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class MacReport:
                 "scorer": scorer,
                 "total": attention + scorer + self.other,
             },
+            "key_visits": sum(layer.key_visits for layer in self.layers) / len(self.layers),
             "paper": None if self.paper_mhsa is None else {"mhsa": self.paper_mhsa},
         }
 
@@ -149,12 +152,13 @@ def _count_layer(attention: Any, layout: TokenLayout) -> LayerMacs:
     dense = per_pair * N * N
     spec = attention.list_spec(layout) if isinstance(attention, SparseAttention) else None
     if spec is None:
-        return LayerMacs(dense, dense, 0)
+        return LayerMacs(dense, dense, 0, 1.0)
     summary = attention.summary_side(layout)
     windows = 0 if summary is None else layout.squares(summary)
-    pairs = layout.patches * (spec.budget + windows) + layout.prefix * N
+    keys = spec.budget + windows
+    pairs = layout.patches * keys + layout.prefix * N
     scorer = attention.scorer.macs(spec, attention.num_heads, attention.head_dim)
-    return LayerMacs(dense, per_pair * pairs, scorer)
+    return LayerMacs(dense, per_pair * pairs, scorer, keys / N)
 
 
 def _block_weights(model: VisionTransformer) -> int:

@@ -10,6 +10,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention
@@ -26,6 +27,7 @@ def load_model(
     config: SparsifyConfig | None = None,
     weights: str | Path | None = None,
     adapter: str | Path | None = None,
+    resample: bool = False,
     img_size: int | None = None,
     pretrained: bool = False,
     model_args: dict[str, Any] | None = None,
@@ -38,6 +40,8 @@ def load_model(
         weights: file of weights, `.safetensors` or a torch checkpoint; those of the dense model fit
             the sparse one.
         adapter: file of the scorers' weights, as training or calibration writes it.
+        resample: fit patch and position embeddings of `weights` made at another image or patch size, as
+            timm does with the weights that it fetches.
         img_size: side of the input in pixels; the model's own by default.
         pretrained: load timm's weights from the hub.
         model_args: more arguments for timm, such as `{"num_classes": 10}`.
@@ -72,6 +76,8 @@ def load_model(
                 warnings.filterwarnings("ignore", "the low-rank scorer is untrained")
             sparsify(model, config)
     if state is not None:
+        if resample:
+            state = _resampled(state, model)
         _load_checked(model, state, f"weights={str(weights)!r}")
     if scorers is not None:
         backbone = {key: value for key, value in model.state_dict().items() if key not in scorers}
@@ -185,6 +191,15 @@ def _read_adapter(path: str | Path, config: SparsifyConfig | None) -> dict[str, 
     return scorers
 
 
+def _resampled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The state with its embeddings at the model's patch size and grid."""
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"resample=True needs a timm VisionTransformer, got {type(model).__name__}")
+    fitted = checkpoint_filter_fn(dict(state), model)
+    # of names it drops some; what does not belong to the model is for the check to say
+    return {**state, **{key: fitted[key] for key in state if key in fitted}}
+
+
 def _load_checked(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     own = model.state_dict()
     wrong_shape = [
@@ -195,7 +210,8 @@ def _load_checked(model: nn.Module, state: dict[str, Tensor], source: str) -> No
     if wrong_shape:
         raise ValueError(
             f"{source} does not fit the model: {_shorten(wrong_shape)}; "
-            "set --model-args and --img-size to those that it was made with"
+            "set --model-args and --img-size to those that it was made with, or give --resample if only the "
+            "image or patch size differs"
         )
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)

@@ -1,4 +1,4 @@
-"""Calibration: how many keys each layer needs, measured against the dense twin on a few images."""
+"""Calibration on a few images: scorers learn the dense attention, budgets go to where they are needed."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +18,7 @@ from sparsifiner.connectivity import exact_ratio
 from sparsifiner.layout import TokenLayout
 from sparsifiner.models.features import patch_tokens
 from sparsifiner.patch import sparse_layers, sparsify
+from sparsifiner.training.scorer_fit import fit_scorers
 
 # List lengths at which a layer is measured, as multiples of the mean length that is asked for.
 _MULTIPLES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -39,7 +40,7 @@ class Calibration:
         images: how many were used.
         match: what errors are of: "logits" (mean KL(dense ‖ sparse) in nats) or "tokens" (mean relative
             distance of the final patch tokens).
-        error_before: error with the budgets of before.
+        error_before: error with the budgets of before, scorers fitted.
         error: error with those that were chosen.
         lengths: list lengths at which every layer was measured.
         layer_errors: error with one layer sparse and all others dense: one row per layer, one column per
@@ -67,19 +68,22 @@ def calibrate(
     images: Iterable[Tensor],
     *,
     match: Match = "logits",
+    fit_steps: int = 300,
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> Calibration:
-    """Spreads the keys of a sparse model over its layers so that it comes nearest to its dense twin.
+    """Fits the scorers of a sparse model and spreads its keys so that it comes nearest to its dense twin.
 
-    Together the layers list at most as many keys as before, so that no MACs are added. Layers are measured
-    one at a time, all others dense: their errors nearly add up. The weights are not touched, and no labels
-    are needed. If what is chosen is no better than what was there, that stays.
+    Scorers with weights learn the dense attention first. Together the layers list at most as many keys as
+    before, so that no MACs are added. Layers are measured one at a time, all others dense: their errors
+    nearly add up. The backbone is not touched, and no labels are needed. If the budgets that are chosen are
+    no better than those of before, these stay.
 
     Args:
-        model: a sparse model in evaluation mode; its configuration is changed in place.
+        model: a sparse model in evaluation mode; its configuration and scorers are changed in place.
         images: batches [B, 3, H, W] of one size; some forty images are enough.
         match: "logits", or "tokens" for models whose patch tokens are used.
+        fit_steps: optimizer steps, of a batch each, in which scorers with weights learn; 0 leaves them.
         device: where the model is.
         progress: show a progress bar on a terminal.
 
@@ -97,7 +101,7 @@ def calibrate(
             f"model must be a timm VisionTransformer, got {type(model).__name__}; give what it wraps"
         )
     config = layers[0].config
-    _check(model, config, match)
+    _check(model, config, match, fit_steps)
     batches = [batch.to(device) for batch in images]
     count = sum(map(len, batches))
     if not count:
@@ -105,6 +109,7 @@ def calibrate(
     sizes = {tuple(batch.shape[-2:]) for batch in batches}
     if len(sizes) > 1:
         raise ValueError(f"images have the sizes {sorted(sizes)}; give one size at a time")
+    fit_scorers(model, batches, fit_steps, progress=progress)
     model.patch_embed(batches[0][:1])  # models of any image size note the grid here
     layout = TokenLayout(layers[0].grid.current(), layers[0].prefix)
     keeps = [layer.keep for layer in layers]
@@ -203,7 +208,9 @@ def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return interpolated
 
 
-def _check(model: VisionTransformer, config: SparsifyConfig, match: Match) -> None:
+def _check(model: VisionTransformer, config: SparsifyConfig, match: Match, fit_steps: int) -> None:
+    if fit_steps < 0:
+        raise ValueError(f"fit_steps must be at least 0, got {fit_steps}; 0 leaves the scorers as they are")
     if match not in get_args(Match):
         raise ValueError(f"match={match!r} is unknown; choose one of {get_args(Match)}")
     if model.training:
