@@ -13,11 +13,12 @@ from sparsifiner.ops import native
 BACKENDS = ("reference", "torch", "cpu", "triton")
 HAS_TRITON = find_spec("triton") is not None
 
-# Kernels that were measured to be faster than operations of torch: "auto" takes these.
+# Kernels that were faster than operations of torch at every size of `python benchmarks/speed.py gpu` and
+# `python benchmarks/speed.py cpu` (docs/performance.md): "auto" takes these.
 _FASTER = {
     "cuda": (
         "triton",
-        frozenset({"select_topk", "select_lowrank", "select_pooled", "sparse_attention"}),
+        frozenset({"select_topk", "select_lowrank", "select_impact", "select_pooled", "sparse_attention"}),
     ),
     "cpu": ("cpu", frozenset({"select_topk", "select_lowrank", "select_impact", "sparse_attention"})),
 }

@@ -83,7 +83,7 @@ def sparse_attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = resolve_backend(
-        backend, "sparse_attention", q.device, _why_not(q, connectivity, summary, backend)
+        backend, "sparse_attention", q.device, _why_not(q, connectivity, summary)
     )
     if chosen == "cpu" and _wants_gradients(q, k, v):
         if not torch.compiler.is_compiling():  # compiled code cannot log
@@ -114,15 +114,12 @@ def _wants_gradients(*inputs: Tensor) -> bool:
     return any(dual.tangent is not None for dual in duals)
 
 
-def _why_not(q: Tensor, connectivity: Connectivity, summary: int | None, backend: str) -> dict[str, str]:
+def _why_not(q: Tensor, connectivity: Connectivity, summary: int | None) -> dict[str, str]:
     """Why kernels do not take these inputs, by backend."""
     reasons = {name: library.why_no_kernel(name, q) for name in ("triton", "cpu")}
     windows = connectivity.layout.squares(summary) if summary else 0
     if not reasons["triton"] and windows > library.LARGEST_WINDOWS:
         reasons["triton"] = f"takes at most {library.LARGEST_WINDOWS} summary windows, got {windows}"
-    if backend == "auto" and connectivity.tile == 1:
-        # lists of single queries need a mask or packing; the torch backend's mask is the one that was tried
-        reasons["triton"] = reasons["triton"] or "was not measured for lists of single queries"
     return reasons
 
 
