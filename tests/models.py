@@ -4,6 +4,8 @@ import timm
 import torch
 from timm.layers import Attention, LayerNorm
 
+import sparsifiner  # noqa: F401, which registers LV-ViT
+
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
 
 # name -> (timm name, arguments, image sizes)
@@ -21,6 +23,7 @@ ARCHITECTURES = {
     "gated": ("deit_tiny_patch16_224", {}, (96, 128)),
     "average pooling": ("vit_base_patch16_gap_224", {}, (96, 128)),
     "post norm": ("vit_base_patch16_rpn_224", {}, (96, 128)),
+    "lv-vit": ("lvvit_s", {}, (96, 128)),
     "map pooling, registers": ("vit_so150m_patch16_reg4_map_256", {"img_size": 128}, (128, 96)),
 }
 

@@ -13,8 +13,14 @@ from torch import nn
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.patch import sparsify
 
-# the models of the paper that timm has; ours carry the prefix `sparsifiner_`
-_DENSE_NAMES = ("deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
+# the models of the paper, as timm knows them; ours carry the prefix `sparsifiner_`
+_DENSE_NAMES = (
+    "deit_tiny_patch16_224",
+    "deit_small_patch16_224",
+    "deit_base_patch16_224",
+    "lvvit_s",
+    "lvvit_m",
+)
 
 
 def _register(dense_name: str) -> Callable[..., nn.Module]:
