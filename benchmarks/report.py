@@ -142,6 +142,15 @@ def minutes_of(row: dict[str, Any]) -> float:
     return sum(TRAINING_IMAGES[row["suite"]] * epochs[stage] / speed[stage] for stage in speed) / 60
 
 
+def difference_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Points of top-1 to the control, or to the teacher where there is no control."""
+    controls = {control["seed"]: control for control in rows if control["keep"] is None}
+    paired = row["against_control"] or (None if row["seed"] in controls else row["against_teacher"])
+    if paired is not None:
+        return f"{paired['difference']:+.2f} ± {paired['interval']:.2f}"
+    return f"{row['top1'] - controls[row['seed']]['top1']:+.2f} (not paired)"
+
+
 def training() -> str:
     """One table per suite, if its rows are there."""
     if not (RESULTS / "training.json").exists():
@@ -152,17 +161,17 @@ def training() -> str:
 
 The paper's two stages: the scorer learns the attention of the dense teacher, then the backbone learns to do
 with what the scorer chooses; suites named "fast" have the second alone. The control is the dense teacher
-trained on by the second stage's recipe, equally long. "Before" is top-1 after the first stage, "to the control" has the paired 95 % interval, recall is the
-share of the model's own dense attention on the listed keys, images/s are those of the stages, measured
-beside up to as many other runs on the same device as it says. Seed 0 unless it says another, last weights, all
-validation images.
+trained on by the second stage's recipe, equally long. "Before" is top-1 after the first stage, "to the control" has
+the paired 95 % interval, key visits are (listed keys + summary keys) / N, recall is the share of the model's own
+dense attention on the listed keys, images/s are those of the stages, measured beside up to as many other runs on the
+same device as it says. Seed 0 unless it says another, last weights, all validation images.
 """
     ]
     for suite in dict.fromkeys(row["suite"] for row in rows):
         own = [row for row in rows if row["suite"] == suite]
         body = []
         for row in own:
-            control, speed = row["against_control"] or row["against_teacher"], row["images_per_second"]
+            speed = row["images_per_second"]
             before = row["top1_after_reconstruct"]
             body.append([
                 ("dense control" if row["keep"] is None else f"{row['keep']:g}")
@@ -170,15 +179,24 @@ validation images.
                 + (f", seed {row['seed']}" if row["seed"] else ""),
                 f"{row['dense_top1'] if before is None else before:.2f}",
                 f"{row['top1']:.2f}",
-                "" if row["keep"] is None else f"{control['difference']:+.2f} ± {control['interval']:.2f}",
+                "" if row["keep"] is None else difference_of(row, own),
                 f"{row['against_teacher']['agreement']:.1f} %",
+                "" if "key_visits" not in row else f"{100 * row['key_visits']:.1f} %",
                 "" if row["mask_recall"] is None else f"{row['mask_recall']:.3f}",
                 " / ".join(f"{value:.0f}" for value in speed.values())
                 + (f" (beside {row['sharing'] - 1})" if row.get("sharing", 1) > 1 else ""),
                 f"{minutes_of(row):.0f}",
                 f"`{row['command']}`",
             ])  # fmt: skip
-        header = ["keep", "before", "after", "to the control", "agreement with the teacher", "recall"]
+        header = [
+            "keep",
+            "before",
+            "after",
+            "to the control",
+            "agreement with the teacher",
+            "key visits",
+            "recall",
+        ]
         header += ["images/s", "minutes", "command"]
         epochs = " + ".join(str(count) for count in own[-1]["epochs"].values())
         sections.append(
@@ -317,7 +335,7 @@ def performance() -> str:
             "measurement. Memory is what an operation needs beyond its inputs, its result and its lists.\n"
             '"Lists for two layers" is the mean over two layers with `share=2`. One list per query is packed\n'
             "over the union of a tile's lists, or a mask for dense attention: packing is the faster of the two at\n"
-            "every size, forward and backward, so \"auto\" packs; neither breaks even with dense attention here.",
+            'every size, forward and backward, so "auto" packs; neither breaks even with dense attention here.',
         ),
         gpu_kernels(),
     ]

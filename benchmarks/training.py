@@ -124,6 +124,19 @@ def sparsity_of(settings: dict[str, Any]) -> list[object]:
     ]
 
 
+def finished(run: Path) -> bool:
+    """Whether a run has done all its epochs: its weights are written after every one."""
+    if not (run / "metrics.jsonl").exists():
+        return False
+    stages = yaml.safe_load((run / "config.yaml").read_text())["stages"]
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    return (last["kind"], last["stage"], last["epoch"]) == (
+        "validation",
+        stages[-1]["name"],
+        stages[-1]["epochs"],
+    )
+
+
 def measure(
     options: argparse.Namespace,
     teacher: Path,
@@ -147,8 +160,11 @@ def measure(
     to_teacher = evaluate(config, last, data, *given, "--dense-weights", teacher)
     to_control = None
     if options.suite != "scorer":  # whose backbones are the teacher's
-        control = options.runs / f"{options.suite}_control_{seed}" / "last.safetensors"
-        to_control = evaluate(config, last, data, *given, "--dense-weights", control)["against_dense"]
+        control = options.runs / f"{options.suite}_control_{seed}"
+        if not finished(control):
+            raise SystemExit(f"{control} has not finished; train the row control of seed {seed} first")
+        weights = control / "last.safetensors"
+        to_control = evaluate(config, last, data, *given, "--dense-weights", weights)["against_dense"]
     validations = [record for record in records if record["kind"] == "validation"]
     first = [record["top1"] for record in validations if record["stage"] == "reconstruct"]
     speeds: dict[str, list[float]] = {}
