@@ -240,6 +240,8 @@ class TestBench:
             sparsifiner.SparsifyConfig(keep=[0.5, 0.1], summary=None, tile=6, pool=3, scorer="impact"),
             make_config("fast", keep=0.05, share=2),
             make_config("paper", seed=3, backend="torch"),
+            make_config("fast", tokens=sparsifiner.EViT(keep=0.5, fuse=False, at=(1, 2))),
+            make_config("fast", tokens=sparsifiner.ToMe(r=4)),
         ],
     )
     def test_the_options_of_a_row_give_its_configuration(self, config, monkeypatch, capsys):

@@ -61,7 +61,9 @@ def test_autocast(name):
         assert torch.isfinite(model(images)).all()
 
 
-@pytest.mark.parametrize("scorer", ["lowrank", "impact", "pooled", "oracle", "random", "window", "strided"])
+@pytest.mark.parametrize(
+    "scorer", ["lowrank", "impact", "pooled", "oracle", "random", "bigbird", "window", "strided"]
+)
 @pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
 def test_model_on_the_gpu_equals_the_cpu(scorer):
     model = sparsifiner.sparsify(make_model("deit"), keep=0.2, tile=4, scorer=scorer)

@@ -35,13 +35,15 @@ def test_command_lines_run(tmp_path, monkeypatch, capsys):
     model = timm.create_model("deit_tiny_patch16_224", num_classes=10)
     save_file(model.state_dict(), "model.safetensors")
     lines = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("sparsifiner ")]
-    assert len(lines) == 8
+    assert len(lines) == 9
     (tmp_path / "configs").symlink_to(CONFIGS)
     shorter = "--limit 24 --validation-limit 8 --device cpu"
     for line in lines:
         arguments = shlex.split(line.replace("FOLDER", "digits --limit 8 --workers 0"))[1:]
         if arguments[0] == "train":
             arguments += shlex.split(shorter)
+        if arguments[0] == "compare":
+            arguments += shlex.split(f"{shorter} --no-trained --workers 0")
         if arguments[0] == "bench":
             arguments += ["--device", "cpu", "--runs", "2", "--warmup", "0"]
         if arguments[0] != "demo":  # takes minutes; `make demo` runs it

@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 import sparsifiner
 from sparsifiner import scorers
 from sparsifiner.config import SparsifyConfig, make_config
+from sparsifiner.connectivity import Connectivity
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import select_topk
 from sparsifiner.scorers import ListSpec, LowRankScorer, make_scorer
 from tests.models import make_images, make_model
 from tests.ops.cases import make_qkv
 
-NAMES = ["lowrank", "impact", "pooled", "oracle", "window", "strided", "random"]
+NAMES = ["lowrank", "impact", "pooled", "oracle", "window", "strided", "random", "bigbird"]
 
 
 def make(name, layout, layer=0, **options):
@@ -118,6 +119,20 @@ def test_random_is_fixed_by_seed_and_layer_and_uniform():
     uniform = first.double() / 2**24
     assert abs(uniform.mean() - 0.5) < 0.02
     assert abs(uniform.std() - 12**-0.5) < 0.02
+
+
+def test_bigbird_is_half_window_and_half_random():
+    layout = TokenLayout((16, 16), 1)
+    q, k, v = make_qkv(layout)
+    lists, window, chance = (
+        make(name, layout)(q, k, v, spec_of(layout, 4, budget)).indices
+        for name, budget in (("bigbird", 26), ("window", 13), ("random", 26))
+    )
+    listed = Connectivity(lists, layout.grid, 4, 1).to_mask()[:, :, 1:]
+    near, drawn = (Connectivity(each, layout.grid, 4, 1).to_mask()[:, :, 1:] for each in (window, chance))
+    assert (listed & near).sum() == near.sum()
+    # the others have the largest random scores of those that are left, so that they are on the random list
+    assert (listed & ~near & drawn).sum() == (listed & ~near).sum()
 
 
 def test_lowrank_follows_another_grid_by_resampling():

@@ -9,11 +9,15 @@ from sparsifiner.measure.macs import count_macs
 from sparsifiner.models.adapter import save_adapter
 from sparsifiner.models.loading import load_adapter
 from sparsifiner.patch import desparsify, sparsify, why_not
+from sparsifiner.tokens import DynamicViT, EViT, ToMe
 from sparsifiner.trace import trace
 
 __all__ = [
     "Connectivity",
+    "DynamicViT",
+    "EViT",
     "SparsifyConfig",
+    "ToMe",
     "count_macs",
     "desparsify",
     "load_adapter",

@@ -1,6 +1,7 @@
 """The layer: tokens -> q, k, v -> scores -> key lists -> sparse attention -> tokens."""
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +14,19 @@ from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import sparse_attention
-from sparsifiner.scorers import ListSpec, Scorer, SharedLists
+from sparsifiner.scorers import ListSpec, Origin, Scorer, SharedLists
+from sparsifiner.tokens.policy import attend_with_policy
+from sparsifiner.tokens.sizes import weigh_by_size
+from sparsifiner.tokens.state import TokenState
 
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
 )
+
+
+# everything of timm's module that its forward uses, by the names that checkpoints know
+SHARED_MODULES = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
 
 
 class SparseAttention(nn.Module):
@@ -37,8 +45,6 @@ class SparseAttention(nn.Module):
         lists: where the layers behind find the lists of this one, if they share them, else None.
     """
 
-    # everything of timm's module that its forward uses, by the names that checkpoints know
-    SHARED_MODULES = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
     qkv: nn.Linear
     q_norm: nn.Module
     k_norm: nn.Module
@@ -64,7 +70,7 @@ class SparseAttention(nn.Module):
         self.head_dim: int = dense.head_dim
         self.attn_dim: int = dense.attn_dim
         self.scale: float = dense.scale
-        for name in self.SHARED_MODULES:
+        for name in SHARED_MODULES:
             setattr(self, name, getattr(dense, name))
         self.scorer = scorer
         self.lists: SharedLists | None = None
@@ -83,27 +89,65 @@ class SparseAttention(nn.Module):
         """Changes what the layer does; its weights stay."""
         self.config = config
         self.scorer.configure(config)
-        self.keep = exact_ratio(config.keep_of(self.layer, self.depth))
+        self.keep = exact_ratio(config.keep_of(self.layer, self.depth, self._queries()))
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    def _queries(self) -> list[int] | None:
+        """Queries of every layer at the model's native size, where tokens are dropped."""
+        if self.config.tokens is None:
+            return None
+        height, width = self.grid.native()
+        counts = self.config.tokens.counts(self.depth, height * width, self.prefix)
+        return [count.attention for count in counts]
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        state: TokenState | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Attends: [B, N, C] to [B, N, C].
+
+        Args:
+            x: tokens.
+            attn_mask: None; masks are not supported.
+            is_causal: False.
+            state: which tokens these are, given by blocks that drop tokens; None for all of the image.
+
+        Returns:
+            The tokens; with a state also q and k, [B, H, N, d].
 
         Raises:
             ValueError: a mask or causality is asked for, attention dropout is active, or the tokens
                 do not fit the grid.
         """
         self._check_call(attn_mask, is_causal)
-        layout = self.current_layout(x.shape[1])
-        spec = self.list_spec(layout)
         q, k, v = self.project(x)
-        if spec is None:
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
-        else:
+        if state is None:
+            return self.combine(x, self._attend(q, k, v, TokenState(self.current_layout(x.shape[1]))))
+        return self.combine(x, self._attend(q, k, v, state)), q, k
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: TokenState) -> Tensor:
+        """Attention of q, k, v [B, H, N, d] to the keys that the scorer lists."""
+        spec = self.list_spec(state.layout, None if state.positions is None else state.whole)
+        connectivity = None
+        if spec is not None:
+            if state.positions is not None:
+                spec = replace(spec, origin=Origin(state.whole, state.tokens_of_image(len(q), q.device)))
             connectivity = self.scorer(q, k, v, spec)
             if self.lists is not None:
                 self.lists.put(connectivity)
+        if state.policy is not None:
+            summary = None if spec is None else spec.summary
+            return attend_with_policy(q, k, v, state.policy, self.scale, connectivity, summary)
+        head_dim = q.shape[-1]
+        if state.sizes is not None:
+            q, k, v = weigh_by_size(q, k, v, state.sizes, self.scale)
+        if spec is None or connectivity is None:
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        else:
             out = sparse_attention(q, k, v, connectivity, spec.summary, self.scale, self.backend)
-        return self.combine(x, out)
+        return out[..., :head_dim]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, N, C] to q, k, v [B, H, N, d], q and k normalised where the model does so."""
@@ -111,11 +155,7 @@ class SparseAttention(nn.Module):
 
     def combine(self, x: Tensor, out: Tensor) -> Tensor:
         """Heads [B, H, N, d] to tokens [B, N, C]: norm, gate and output projection."""
-        out = self.norm(out.transpose(1, 2).reshape(*x.shape[:2], self.attn_dim))
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
-        projected: Tensor = self.proj_drop(self.proj(out))
-        return projected
+        return merge_heads(self, x, out)
 
     def current_layout(self, tokens: int) -> TokenLayout:
         """Where the tokens of the current input lie.
@@ -133,22 +173,33 @@ class SparseAttention(nn.Module):
             )
         return layout
 
-    def list_spec(self, layout: TokenLayout) -> ListSpec | None:
+    def list_spec(self, layout: TokenLayout, whole: TokenLayout | None = None) -> ListSpec | None:
         """The lists wanted, or None where this layer stays dense.
 
         A layer that keeps every key is dense attention, and so is one below `min_tokens`.
+
+        Args:
+            layout: where the tokens lie.
+            whole: where all tokens of the image lie, if some were dropped: lists are as long as for all of
+                them, and tiles and windows are runs of as many tokens as their squares have.
         """
         config = self.config
-        forced = forced_prefix(self.prefix, config.tile, config.summary)
-        budget = key_budget(self.keep, layout.tokens, forced)
+        forced = forced_prefix(layout.prefix, config.tile, config.summary)
+        budget = min(layout.tokens, key_budget(self.keep, (whole or layout).tokens, forced))
         if layout.tokens < config.min_tokens or budget == layout.tokens:
             return None
-        summary = self.summary_side(layout)
-        return ListSpec(layout, config.tile, budget, forced, self.scale, self.backend, summary)
+        summary = self.summary_side(layout, runs=whole is not None)
+        tile = config.tile if whole is None else config.tile**2
+        return ListSpec(
+            layout, tile, budget, forced, self.scale, self.backend, summary, runs=whole is not None
+        )
 
-    def summary_side(self, layout: TokenLayout) -> int | None:
-        """Side of the summary windows, None for no summaries."""
-        return layout.auto_summary() if self.config.summary == "auto" else self.config.summary
+    def summary_side(self, layout: TokenLayout, *, runs: bool = False) -> int | None:
+        """Side of the summary windows, their length where tokens lie in runs; None for no summaries."""
+        side = self.config.summary
+        if side is None or side == "auto":
+            return layout.auto_summary() if side == "auto" else None
+        return side**2 if runs else side
 
     @property
     def backend(self) -> str:
@@ -158,14 +209,14 @@ class SparseAttention(nn.Module):
     def dense_module(self) -> nn.Module:
         """The module that this one replaced, with the submodules of now."""
         dense: nn.Module = self._dense[0]
-        for name in self.SHARED_MODULES:
+        for name in SHARED_MODULES:
             setattr(dense, name, getattr(self, name))
         dense.training = self.training
         return dense
 
     def extra_repr(self) -> str:
         """Configuration in short."""
-        keep, config = self.config.keep_of(self.layer, self.depth), self.config
+        keep, config = self.keep[0] / self.keep[1], self.config
         return f"keep={keep:.4g}, tile={config.tile}, summary={config.summary}, backend={self.backend!r}"
 
     def _check_call(self, attn_mask: Tensor | None, is_causal: bool) -> None:
@@ -213,7 +264,11 @@ class CurrentGrid:
         if model.dynamic_img_size and hasattr(self._call, "grid"):
             grid: tuple[int, int] = self._call.grid
             return grid
-        height, width = model.patch_embed.grid_size
+        return self.native()
+
+    def native(self) -> tuple[int, int]:
+        """Patches along height and width at the size that the model is made for."""
+        height, width = self.model.patch_embed.grid_size
         return int(height), int(width)
 
     def remove(self) -> None:
@@ -235,13 +290,28 @@ class CurrentGrid:
         self._call = threading.local()
 
 
-def split_heads(attention: "Attention | SparseAttention", qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_heads(attention: Any, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Projected tokens [B, N, 3 * H * d] to q, k, v [B, H, N, d], q and k normalised as the model does."""
     B, N, _ = qkv.shape
     heads = qkv.reshape(B, N, 3, attention.num_heads, attention.head_dim)
     q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
     # under autocast norms return fp32
     return attention.q_norm(q).to(v.dtype), attention.k_norm(k).to(v.dtype), v
+
+
+def merge_heads(attention: Any, x: Tensor, out: Tensor) -> Tensor:
+    """What an attention module does behind its heads [B, H, N, d]: norm, gate and projection to [B, N, C].
+
+    Args:
+        attention: with the submodules of timm's `Attention`.
+        x: what the module got, [B, N, C].
+        out: of its heads.
+    """
+    out = attention.norm(out.transpose(1, 2).reshape(*x.shape[:2], attention.attn_dim))
+    if attention.gate is not None:
+        out = out * attention.gate(x).sigmoid()
+    projected: Tensor = attention.proj_drop(attention.proj(out))
+    return projected
 
 
 def dense_connectivity(batch: int, heads: int, layout: TokenLayout, tile: int, like: Tensor) -> Connectivity:

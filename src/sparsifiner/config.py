@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from sparsifiner.ops.backend import BACKENDS
+from sparsifiner.tokens import TokenMethod, describe_tokens, read_tokens
 
-ScorerName = Literal["lowrank", "impact", "pooled", "oracle", "window", "strided", "random"]
+ScorerName = Literal["lowrank", "impact", "pooled", "oracle", "window", "strided", "random", "bigbird"]
 ProfileName = Literal["even", "falling"]
 
 
@@ -20,8 +21,8 @@ class SparsifyConfig:
         keep: share of the tokens in each key list, in (0, 1]; one number, or one per layer. A layer
             that keeps everything is dense attention.
         profile: how one number is spread over the layers: "even", or "falling" as the square of the distance
-            to the end, at the same mean: the first layers, whose attention is broad, list up to almost
-            three times as many keys, the last ones few.
+            to the end, at the same mean over all queries: the first layers, whose attention is broad, list up
+            to almost three times as many keys, the last ones few.
         tile: side in patches of the square of queries that share one key list; 1 gives every query
             its own, as in the paper.
         summary: side in patches of the windows whose mean key and value are appended as summary
@@ -29,7 +30,8 @@ class SparsifyConfig:
             least 48 windows.
         scorer: "lowrank" (learned, the paper's), "impact" (attention of the mean queries of parts of a tile,
             times the distance of a key's value from its window's mean; needs no training), "pooled"
-            (tile-mean query · key, cheaper) or, to compare with, "oracle", "window", "strided" or "random".
+            (tile-mean query · key, cheaper) or, to compare with, "oracle", "window", "strided", "random" or
+            "bigbird" (half window, half random).
         pool: side in patches of the squares whose mean queries score for "impact", a divisor of `tile`;
             None for half of it, or for all of an odd one. Lists of fewer keys than a quarter of a tile's
             queries are scored by the whole tile's mean all the same.
@@ -43,7 +45,8 @@ class SparsifyConfig:
             selection. Layers that share must have the same `keep`.
         backend: "auto", "reference", "torch" or, on a GPU, "triton".
         min_tokens: layers that see fewer tokens stay dense.
-        seed: seed of the scorer "random".
+        seed: seed of the scorers "random" and "bigbird".
+        tokens: `EViT(...)`, `DynamicViT(...)` or `ToMe(...)` to drop or merge tokens too; None keeps all.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -65,6 +68,7 @@ class SparsifyConfig:
     backend: str = "auto"
     min_tokens: int = 0
     seed: int = 0
+    tokens: TokenMethod | None = None
 
     def __post_init__(self) -> None:
         """Rejects impossible values by name."""
@@ -79,6 +83,8 @@ class SparsifyConfig:
         self._check_at_least("seed", 0, "any whole number below 2 ** 32 will do")
         if self.backend not in {"auto", *BACKENDS}:
             raise ValueError(f"backend={self.backend!r} is unknown; choose 'auto' or one of {BACKENDS}")
+        if self.tokens is not None:
+            self._check_tokens()
         if self.legacy:
             self._check_legacy()
 
@@ -141,8 +147,27 @@ class SparsifyConfig:
         if self.backend not in {"auto", "reference"}:
             raise ValueError(f"legacy=True runs on backend='reference' only, got {self.backend!r}")
 
-    def keep_of(self, layer: int, depth: int) -> float:
-        """Share of keys that layer `layer` of `depth` keeps."""
+    def _check_tokens(self) -> None:
+        if not isinstance(self.tokens, TokenMethod):
+            raise TypeError(
+                f"tokens must be EViT(...), DynamicViT(...), ToMe(...) or None, got {self.tokens!r}"
+            )
+        if self.share > 1:
+            raise ValueError(
+                f"share={self.share}: the lists of one layer do not fit the next where tokens are dropped; "
+                "set share=1, or tokens=None"
+            )
+        if self.legacy:
+            raise ValueError("legacy=True is the released method, which takes tokens=None here")
+
+    def keep_of(self, layer: int, depth: int, queries: Sequence[int] | None = None) -> float:
+        """Share of keys that layer `layer` of `depth` keeps.
+
+        Args:
+            layer: index of the layer.
+            depth: number of layers.
+            queries: of each layer, where tokens are dropped: `keep` is the mean over all of them.
+        """
         if isinstance(self.keep, tuple):
             return float(self.keep[layer])
         assert isinstance(self.keep, float)
@@ -150,7 +175,9 @@ class SparsifyConfig:
             return self.keep
         groups = -(-depth // self.share)  # layers that share lists keep the same
         falling = [(1.0 - (each // self.share + 0.5) / groups) ** 2 for each in range(depth)]
-        weights = [weight * depth / sum(falling) for weight in falling]  # 1 on the average
+        counts = queries or [1] * depth
+        total = sum(weight * count for weight, count in zip(falling, counts, strict=True))
+        weights = [weight * sum(counts) / total for weight in falling]  # 1 on the average
         # no layer can keep more than everything, so that large shares are spread more evenly
         spread = min(1.0, (1.0 / self.keep - 1.0) / (weights[0] - 1.0)) if groups > 1 else 0.0
         return min(1.0, self.keep * (1.0 + spread * (weights[layer] - 1.0)))
@@ -188,3 +215,18 @@ def change_config(config: SparsifyConfig, **options: Any) -> SparsifyConfig:
         if name not in names:
             raise ValueError(f"{name!r} is no option of SparsifyConfig; the options are {', '.join(names)}")
     return replace(config, **options)
+
+
+def config_to_dict(config: SparsifyConfig) -> dict[str, Any]:
+    """A configuration as plain values, for files."""
+    return {**asdict(config), "tokens": describe_tokens(config.tokens)}
+
+
+def config_from_dict(values: dict[str, Any]) -> SparsifyConfig:
+    """The configuration of which `config_to_dict` made these values; what is missing is the default.
+
+    Raises:
+        TypeError: a value has the wrong type.
+        ValueError: a value is unknown or impossible.
+    """
+    return change_config(SparsifyConfig(), **{**values, "tokens": read_tokens(values.get("tokens"))})

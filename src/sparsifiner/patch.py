@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from collections.abc import Collection
 from typing import Any, cast
 
 from timm.layers import Attention
@@ -12,6 +13,7 @@ from sparsifiner.attention import CurrentGrid, SparseAttention
 from sparsifiner.config import SparsifyConfig, change_config, make_config
 from sparsifiner.layout import TokenLayout
 from sparsifiner.scorers import BorrowingScorer, LowRankScorer, Scorer, SharedLists, make_scorer
+from sparsifiner.tokens.blocks import TokenBlock, TokenBlocks
 
 _logger = logging.getLogger(__name__)
 
@@ -58,6 +60,7 @@ def sparsify(
             "give one number, or one per layer"
         )
 
+    _check_tokens(model, config)
     layers = [block.attn for block in model.blocks]
     sparse_before = [layer for layer in layers if isinstance(layer, SparseAttention)]
     grid = sparse_before[0].grid if sparse_before else _current_grid(model)
@@ -85,6 +88,7 @@ def sparsify(
             block.attn = layer
         layer.lists = lists if scores else None
         untrained = True
+    _arrange_blocks(model, config, native)
     if untrained and config.scorer == "lowrank":
         warnings.warn(
             "the low-rank scorer is untrained and chooses keys by chance: load trained weights, or train it",
@@ -110,6 +114,10 @@ def desparsify(model: nn.Module) -> nn.Module:
     """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
+            if isinstance(child, TokenBlocks):
+                setattr(module, name, child.dense_blocks())
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
             if isinstance(child, SparseAttention):
                 child.grid.remove()
                 setattr(module, name, child.dense_module())
@@ -122,6 +130,16 @@ def why_not(model: nn.Module) -> list[str]:
     Args:
         model: any module.
     """
+    return reasons_against(model, (Attention,))
+
+
+def reasons_against(model: nn.Module, attentions: Collection[type[nn.Module]]) -> list[str]:
+    """Reasons why a model is none of blocks that are known here; empty if it is.
+
+    Args:
+        model: any module.
+        attentions: types of attention that will do, besides `SparseAttention`.
+    """
     if not isinstance(model, VisionTransformer):
         return [f"{type(model).__name__} is not a timm VisionTransformer"]
     reasons = []
@@ -129,9 +147,9 @@ def why_not(model: nn.Module) -> list[str]:
         reasons.append(f"{type(model.patch_embed).__name__} has no patch grid (grid_size)")
     for index, block in enumerate(model.blocks):
         attn = getattr(block, "attn", None)
-        if type(block) not in {Block, ResPostBlock}:
+        if type(block) not in {Block, ResPostBlock, TokenBlock}:
             reasons.append(f"block {index} is a {type(block).__name__}, which is not supported")
-        elif not (type(attn) is Attention or isinstance(attn, SparseAttention)):
+        elif not (type(attn) in attentions or isinstance(attn, SparseAttention)):
             reasons.append(f"block {index} has a {type(attn).__name__} where an Attention is needed")
     return reasons
 
@@ -146,6 +164,35 @@ def sparse_layers(model: nn.Module) -> list[SparseAttention]:
     if not layers:
         raise ValueError("model has no sparse attention; call sparsifiner.sparsify(model) first")
     return layers
+
+
+def _check_tokens(model: VisionTransformer, config: SparsifyConfig) -> None:
+    if config.tokens is None:
+        return
+    reason = config.tokens.why_not(model.num_prefix_tokens)
+    if reason:
+        raise ValueError(f"tokens: {reason}")
+    config.tokens.counts(len(model.blocks), 1, model.num_prefix_tokens)  # names blocks that are not there
+
+
+def _arrange_blocks(model: VisionTransformer, config: SparsifyConfig, native: TokenLayout) -> None:
+    """Gives the model blocks that drop tokens as configured, or those that it came with."""
+    if isinstance(model.blocks, TokenBlocks):
+        if model.blocks.method == config.tokens:
+            return
+        model.blocks = model.blocks.dense_blocks()
+    if config.tokens is None:
+        return
+    blocks, layers = [], sparse_layers(model)
+    depth = len(layers)
+    for index, block in enumerate(model.blocks):
+        reducer = config.tokens.reducer(index, depth, model.embed_dim, native.patches)
+        if reducer is not None:
+            weight = layers[index].qkv.weight
+            reducer = reducer.to(device=weight.device, dtype=weight.dtype).train(block.training)
+        assert isinstance(block, Block | ResPostBlock)
+        blocks.append(TokenBlock(block, reducer))
+    model.blocks = TokenBlocks(model.blocks, blocks, config.tokens)
 
 
 def _resolve_config(

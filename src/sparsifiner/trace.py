@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention, dense_connectivity, split_heads
 from sparsifiner.connectivity import Connectivity
-from sparsifiner.layout import TokenLayout
 from sparsifiner.patch import sparse_layers
 
 
@@ -23,11 +22,14 @@ class LayerTrace:
         connectivity: its key lists; lists of all keys where the layer stayed dense.
         summary: side of its summary windows, None for none.
         dense: whether it stayed dense.
+        positions: int64 [B, n], place in the image of each patch that the layer saw, as a raster index, where
+            some were dropped before; None where it saw all.
     """
 
     connectivity: Connectivity
     summary: int | None
     dense: bool
+    positions: Tensor | None = None
 
 
 @contextmanager
@@ -50,7 +52,7 @@ def trace(model: nn.Module) -> Iterator[dict[int, LayerTrace]]:
     for layer in sparse_layers(model):
         handles.append(layer.register_forward_pre_hook(_forget(traces, layer)))
         handles.append(layer.scorer.register_forward_hook(_record_lists(traces, layer)))
-        handles.append(layer.register_forward_hook(_record_dense(traces, layer)))
+        handles.append(layer.register_forward_hook(_record_rest(traces, layer), with_kwargs=True))
     try:
         # compiled code does not see hooks that come after it
         with torch.compiler.set_stance("force_eager"):
@@ -102,16 +104,21 @@ def _forget(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
 
 def _record_lists(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
     def hook(module: nn.Module, args: Any, connectivity: Connectivity) -> None:
-        traces[layer.layer] = LayerTrace(connectivity, layer.summary_side(connectivity.layout), dense=False)
+        spec = args[3]
+        traces[layer.layer] = LayerTrace(connectivity, spec.summary, dense=False)
 
     return hook
 
 
-def _record_dense(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
-    def hook(module: nn.Module, args: Any, out: Tensor) -> None:
+def _record_rest(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        state = kwargs.get("state")
         if layer.layer not in traces:
-            layout = TokenLayout(layer.grid.current(), layer.prefix)
-            lists = dense_connectivity(len(out), layer.num_heads, layout, layer.config.tile, out)
+            layout = layer.current_layout(args[0].shape[1]) if state is None else state.layout
+            tile = layer.config.tile if state is None or state.positions is None else layer.config.tile**2
+            lists = dense_connectivity(len(args[0]), layer.num_heads, layout, tile, args[0])
             traces[layer.layer] = LayerTrace(lists, None, dense=True)
+        if state is not None:
+            traces[layer.layer] = replace(traces[layer.layer], positions=state.positions)
 
     return hook

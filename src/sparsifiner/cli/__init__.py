@@ -13,12 +13,14 @@ from sparsifiner import __version__
 from sparsifiner.cli.bench import bench_model, bench_ops
 from sparsifiner.cli.calibrate import calibrate
 from sparsifiner.cli.commands import demo, evaluate, info, macs, train
+from sparsifiner.cli.compare import compare
 from sparsifiner.measure.parity import ParityError
 
 Command = Callable[..., None]
 COMMANDS: dict[str, Command | dict[str, Command]] = {
     "bench": {"model": bench_model, "ops": bench_ops},
     "calibrate": calibrate,
+    "compare": compare,
     "demo": demo,
     "eval": evaluate,
     "info": info,

@@ -19,6 +19,7 @@ from sparsifiner.cli.options import (
     WeightOptions,
     build_model,
 )
+from sparsifiner.config import config_to_dict
 from sparsifiner.data import ImageSet, make_loader, open_images
 from sparsifiner.demo import run_demo
 from sparsifiner.device import choose_device
@@ -57,9 +58,9 @@ def macs(model: ModelOptions, sparsity: SparsityOptions, *, json: bool = False) 
         return
     print(f"{model.model}, {height}x{width} px, {report['tokens']} tokens; MMACs per image")
     print(f"{'':18}{'dense':>12}{'sparse':>12}")
-    for name in ("attention", "scorer", "total"):
+    for name in report["sparse"]:
         dense = report["dense"].get(name, 0) / 1e6
-        print(f"{name:18}{dense:12.1f}{report['sparse'][name] / 1e6:12.1f}")
+        print(f"{name.replace('_', ' '):18}{dense:12.1f}{report['sparse'][name] / 1e6:12.1f}")
     print(f"{'key visits':18}{'100.0 %':>12}{100 * report['key_visits']:10.1f} %")
     if report["paper"] is not None:
         print(f"{'paper accounting':18}{'':12}{report['paper']['mhsa'] / 1e6:12.1f}  (attention + scorer)")
@@ -126,7 +127,7 @@ def evaluate(
     recall = measure_recall(built, batches, device=chosen) if mask_recall else None
     if json:
         run = {"model": model.model, "data": data, "split": split, "device": str(chosen), "amp": amp}
-        sparse = None if config is None else dataclasses.asdict(config)
+        sparse = None if config is None else config_to_dict(config)
         print(json_format.dumps({**run, "sparsity": sparse, **accuracy.to_dict(), "mask_recall": recall}))
     else:
         _print_accuracy(accuracy)

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from sparsifiner.config import SparsifyConfig, make_config
+from sparsifiner.config import ScorerName, SparsifyConfig, make_config
 from sparsifiner.data import ImageSet, evaluation_transform, open_images
 from sparsifiner.models.adapter import read_adapter_config
 from sparsifiner.models.loading import load_model
+from sparsifiner.tokens import read_tokens
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,10 @@ class SparsityOptions:
         reduced_dim: head dim of its reduced queries and keys.
         coef_topk: coefficients that it keeps per row.
         basis_threshold: basis entries of at most this magnitude count as zero.
-        scorer_seed: seed of the scorer "random".
+        scorer_seed: seed of the scorers "random" and "bigbird".
         legacy: the scorer exactly as released.
+        tokens: fewer tokens from block to block: "evit", "dynamicvit", "tome", or one with options as JSON:
+            '{"method": "evit", "keep": 0.5}'.
     """
 
     preset: Literal["fast", "paper", "dense"] = "fast"
@@ -103,7 +106,7 @@ class SparsityOptions:
     profile: Literal["even", "falling"] | None = None
     tile: int | None = None
     summary: int | Literal["auto", "none"] | None = None
-    scorer: Literal["lowrank", "impact", "pooled", "oracle", "window", "strided", "random"] | None = None
+    scorer: ScorerName | None = None
     pool: int | None = None
     share: int | None = None
     backend: str | None = None
@@ -114,6 +117,7 @@ class SparsityOptions:
     basis_threshold: float | None = None
     scorer_seed: int | None = None
     legacy: bool = False
+    tokens: Literal["evit", "dynamicvit", "tome"] | dict[str, Any] | None = None
 
     def given(self) -> dict[str, Any]:
         """The options that were given, but for the preset."""
@@ -148,6 +152,9 @@ class SparsityOptions:
             options["summary"] = None
         if "scorer_seed" in options:
             options["seed"] = options.pop("scorer_seed")
+        if "tokens" in options:
+            tokens = options["tokens"]
+            options["tokens"] = read_tokens({"method": tokens} if isinstance(tokens, str) else tokens)
         return make_config(self.preset, **options)
 
 

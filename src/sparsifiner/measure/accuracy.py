@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparsifiner.models.features import patch_tokens
+from sparsifiner.models.features import patch_tokens, same_patches, token_states
+from sparsifiner.tokens import TokenState
 
 _NORMAL_95 = 1.96
 
@@ -53,6 +54,7 @@ class Accuracy:
         top5: percent whose label is among the first five.
         images_per_second: speed of the forward passes alone.
         against_dense: comparison with the dense twin, None if there was none.
+        right: bool [images], whether each image's label was the first class.
     """
 
     images: int
@@ -60,10 +62,11 @@ class Accuracy:
     top5: float
     images_per_second: float
     against_dense: AgainstDense | None
+    right: Tensor = field(repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain numbers."""
-        return asdict(self)
+        """The report as plain numbers, without those of single images."""
+        return {name: value for name, value in asdict(self).items() if name != "right"}
 
 
 @torch.inference_mode()
@@ -109,7 +112,7 @@ def evaluate(
             for run in runs.values():
                 run.step(images)
             if dense is not None:
-                tokens.add(runs["model"].tokens, runs["dense"].tokens)
+                tokens.add(runs["model"], runs["dense"])
             hits += int((runs["model"].logits[-1].argmax(1) == label).sum())
             seen += len(label)
             bar.set_postfix(top1=f"{100 * hits / seen:.2f}", refresh=False)
@@ -126,6 +129,7 @@ def evaluate(
         top5=_percent(top5),
         images_per_second=len(label) / runs["model"].seconds,
         against_dense=_compare(logits, right, label, runs["dense"], tokens) if dense is not None else None,
+        right=right,
     )
 
 
@@ -136,11 +140,11 @@ class _TokenDistance:
         self.cosines: list[Tensor] = []
         self.errors: list[Tensor] = []
 
-    def add(self, tokens: Tensor | None, dense: Tensor | None) -> None:
-        """Takes patch tokens [B, patches, C] of one batch, None if there are none."""
-        if tokens is None or dense is None:
+    def add(self, run: "_Run", dense_run: "_Run") -> None:
+        """Takes the patch tokens of one batch, if there are some: those that the model has left."""
+        if run.tokens is None or dense_run.tokens is None:
             return
-        tokens, dense = tokens.double(), dense.double()
+        tokens, dense = run.tokens.double(), same_patches(dense_run.tokens, run.state).double()
         self.cosines.append(F.cosine_similarity(tokens, dense, dim=-1).mean(1).cpu())
         self.errors.append(((tokens - dense).norm(dim=-1) / dense.norm(dim=-1)).mean(1).cpu())
 
@@ -161,6 +165,7 @@ class _Run:
         self.logits: list[Tensor] = []
         self.seconds = 0.0
         self.tokens: Tensor | None = None
+        self.state: TokenState | None = None
 
     @contextmanager
     def keeping_tokens(self) -> Iterator[None]:
@@ -170,15 +175,18 @@ class _Run:
             yield
             return
 
-        def keep(module: nn.Module, args: Any, features: Tensor) -> None:
-            self.tokens = patch_tokens(model, features)
+        with token_states(model) as states:
 
-        # the last module that all tokens go through, an Identity in models that norm behind their pooling
-        handle = model.norm.register_forward_hook(keep)
-        try:
-            yield
-        finally:
-            handle.remove()
+            def keep(module: nn.Module, args: Any, features: Tensor) -> None:
+                self.state = states[-1] if states else None
+                self.tokens = patch_tokens(model, features, self.state)
+
+            # the last module that all tokens go through, an Identity in models that norm behind their pooling
+            handle = model.norm.register_forward_hook(keep)
+            try:
+                yield
+            finally:
+                handle.remove()
 
     def compute(self, images: Tensor) -> Tensor:
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):

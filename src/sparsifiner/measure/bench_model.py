@@ -4,7 +4,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsifiner.attention import SparseAttention
-from sparsifiner.config import SparsifyConfig
+from sparsifiner.config import SparsifyConfig, config_to_dict
 from sparsifiner.device import choose_device
 from sparsifiner.layout import TokenLayout
 from sparsifiner.measure.candidates import Candidate, time_candidates
@@ -155,6 +155,7 @@ def _measure(
     shape = (_INPUT_SETS, batch, 3, size, size)
     images = torch.randn(shape, generator=generator, device=device).to(DTYPES[settings.dtype])
     cosine = check_model(sparse, images[0, :1]) if layout.tokens <= _REFERENCE_TOKENS else None
+    options = config_to_dict(config)
     described = {
         "benchmark": "model",
         "model": settings.model,
@@ -163,7 +164,7 @@ def _measure(
         "tokens": layout.tokens,
         "dtype": settings.dtype,
         "weights": f"random, cast to {settings.dtype}",
-        **asdict(config),
+        **{"token_method" if name == "tokens" else name: value for name, value in options.items()},
         "keep": list(config.keep) if isinstance(config.keep, tuple) else config.keep,
         "parity_cosine": cosine,
         "input_sets": _INPUT_SETS,

@@ -7,10 +7,12 @@ does not divide comes on top.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,7 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparsifiner.attention import SparseAttention
 from sparsifiner.layout import TokenLayout
-from sparsifiner.patch import why_not
+from sparsifiner.models.linformer import LinformerAttention
+from sparsifiner.patch import reasons_against
+from sparsifiner.tokens import Counts, TokenMethod
+from sparsifiner.tokens.blocks import TokenBlocks
 
 # The published tables' predictor MACs of the whole model, by (layers, heads, width), at 197 tokens.
 # Source: fitted to tables 1 to 3 of the paper; the released defaults count to 87.1 M for DeiT-S.
@@ -37,14 +42,18 @@ class LayerMacs:
     Attributes:
         dense_attention: QKᵀ and AV over all pairs.
         attention: QKᵀ and AV as configured: listed keys, summaries and the prefix rows.
-        scorer: everything that the scorer multiplies.
-        key_visits: listed and summary keys of a patch query, as a share of N; 1 where the layer is dense.
+        scorer: everything that the scorer multiplies; of Linformer the mixtures.
+        key_visits: listed and summary keys of all patch queries, as a share of the pairs of the dense layer.
+        tokens: those that its attention sees, prefix included.
+        token_choice: what is multiplied to choose the tokens that stay.
     """
 
     dense_attention: int
     attention: int
     scorer: int
     key_visits: float
+    tokens: int
+    token_choice: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,14 +61,16 @@ class MacReport:
     """MACs of a model per image.
 
     Attributes:
-        tokens: N, prefix included.
+        tokens: N of the whole image, prefix included.
         layers: attention and scorer of each layer.
-        other: everything else: stem, projections, MLPs, head.
+        dense_other: everything else of the dense model: stem, projections, MLPs, head.
+        other: the same for the tokens that are left.
         paper_mhsa: QKᵀ, AV and predictor by the paper's accounting; None where it has none.
     """
 
     tokens: int
     layers: tuple[LayerMacs, ...]
+    dense_other: int
     other: int
     paper_mhsa: float | None
 
@@ -68,14 +79,14 @@ class MacReport:
         dense_attention = sum(layer.dense_attention for layer in self.layers)
         attention = sum(layer.attention for layer in self.layers)
         scorer = sum(layer.scorer for layer in self.layers)
+        choice = sum(layer.token_choice for layer in self.layers)
+        sparse = {"attention": attention, "scorer": scorer}
+        if choice:
+            sparse["token_choice"] = choice
         return {
             "tokens": self.tokens,
-            "dense": {"attention": dense_attention, "total": dense_attention + self.other},
-            "sparse": {
-                "attention": attention,
-                "scorer": scorer,
-                "total": attention + scorer + self.other,
-            },
+            "dense": {"attention": dense_attention, "total": dense_attention + self.dense_other},
+            "sparse": {**sparse, "total": attention + scorer + choice + self.other},
             "key_visits": sum(layer.key_visits for layer in self.layers) / len(self.layers),
             "paper": None if self.paper_mhsa is None else {"mhsa": self.paper_mhsa},
         }
@@ -94,15 +105,26 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
     Raises:
         ValueError: the model is not supported or does not take this input size.
     """
-    reasons = why_not(model)
+    reasons = reasons_against(model, (Attention, LinformerAttention))
     if reasons:
         raise ValueError("model cannot be counted: " + "; ".join(reasons))
     assert isinstance(model, VisionTransformer)
     layout = TokenLayout(_grid_for(model, input_size), model.num_prefix_tokens)
     attentions = [block.attn for block in model.blocks]
-    layers = tuple(_count_layer(attention, layout) for attention in attentions)
-    other = _count_stem_and_head(model, input_size, layout) + layout.tokens * _block_weights(model)
-    return MacReport(layout.tokens, layers, other, _paper_mhsa_of(attentions, layout.tokens))
+    method = model.blocks.method if isinstance(model.blocks, TokenBlocks) else None
+    everything = Counts(layout.tokens, layout.tokens)
+    counts = [everything] * len(attentions)
+    if method is not None:
+        counts = method.counts(len(attentions), layout.patches, layout.prefix)
+    layers = tuple(
+        _count_layer(block, layout, count) for block, count in zip(model.blocks, counts, strict=True)
+    )
+    blocks = [_count_linears(block, count) for block, count in zip(model.blocks, counts, strict=True)]
+    dense_blocks = sum(_count_linears(block, everything) for block in model.blocks)
+    left = counts[-1].mlp
+    other = _count_stem_and_head(model, input_size, left) + sum(blocks)
+    dense_other = _count_stem_and_head(model, input_size, layout.tokens) + dense_blocks
+    return MacReport(layout.tokens, layers, dense_other, other, _paper_mhsa_of(attentions, counts, method))
 
 
 def paper_mhsa(layers: int, heads: int, width: int, keep: tuple[int, int] | None) -> float | None:
@@ -130,49 +152,92 @@ def paper_mhsa(layers: int, heads: int, width: int, keep: tuple[int, int] | None
     return layers * 2 * width * ((N - 1) * keys + N) + predictor
 
 
-def _paper_mhsa_of(attentions: list[Any], tokens: int) -> float | None:
+def paper_mhsa_with_tokens(
+    heads: int, width: int, tokens: Sequence[int], keep: tuple[int, int] | None
+) -> float | None:
+    """The same where tokens are dropped, for a model whose layers see 197 tokens at first.
+
+    `Σ 2 · width · ((n - 1) · min(n, k) + n) + predictor · n / 197` with `k = ceil(keep · 196)`; dense
+    `Σ 2 · width · n²`. It gives the published rows 193.1, 113.3 and 149.1 M of DeiT-S; 86.6, 256.0 and
+    198.8 M follow from no count that we know.
+
+    Args:
+        heads: number of heads.
+        width: heads times head dim.
+        tokens: n, of each layer's attention.
+        keep: share of keys as an integer ratio, None for dense attention.
+    """
+    predictor = _PAPER_PREDICTOR_MACS.get((len(tokens), heads, width))
+    if predictor is None:
+        return None
+    if keep is None:
+        return float(sum(2 * width * n * n for n in tokens))
+    keys = -(-keep[0] * (_PAPER_TOKENS - 1) // keep[1])
+    each = predictor / len(tokens) / _PAPER_TOKENS
+    return sum(2 * width * ((n - 1) * min(n, keys) + n) + each * n for n in tokens)
+
+
+def _paper_mhsa_of(
+    attentions: list[Any], counts: Sequence[Counts], method: TokenMethod | None
+) -> float | None:
     first = attentions[0]
-    shape = (len(attentions), first.num_heads, first.num_heads * first.head_dim)
-    if tokens != _PAPER_TOKENS:
+    shape = (first.num_heads, first.num_heads * first.head_dim)
+    tokens = [count.attention for count in counts]
+    if tokens[0] != _PAPER_TOKENS or isinstance(first, LinformerAttention):
         return None
-    if not isinstance(first, SparseAttention):
-        return paper_mhsa(*shape, keep=None)
-    config = first.config
-    if (config.scorer, config.tile, config.summary, config.share) != ("lowrank", 1, None, 1):
-        return None
-    if tokens < config.min_tokens:
-        return None
-    keeps = {attention.keep for attention in attentions}
-    return paper_mhsa(*shape, keep=keeps.pop()) if len(keeps) == 1 else None
+    keep = None
+    if isinstance(first, SparseAttention):
+        keeps = {attention.keep for attention in attentions}
+        if keeps != {(1, 1)}:
+            config = first.config
+            if (config.scorer, config.tile, config.summary, config.share) != ("lowrank", 1, None, 1):
+                return None
+            if tokens[0] < config.min_tokens or len(keeps) > 1:
+                return None
+            keep = keeps.pop()
+        elif method is None and first.config.scorer == "lowrank":  # the tables count the predictor here too
+            keep = (1, 1)
+    if method is not None:
+        return paper_mhsa_with_tokens(*shape, tokens, keep)
+    return paper_mhsa(len(attentions), *shape, keep=keep)
 
 
-def _count_layer(attention: Any, layout: TokenLayout) -> LayerMacs:
-    N = layout.tokens
+def _count_layer(block: Any, layout: TokenLayout, count: Counts) -> LayerMacs:
+    attention, N, n = block.attn, layout.tokens, count.attention
     per_pair = 2 * attention.num_heads * attention.head_dim
     dense = per_pair * N * N
-    spec = attention.list_spec(layout) if isinstance(attention, SparseAttention) else None
+    patches = n - layout.prefix - count.fused
+    whole = patches == layout.patches
+    now = layout if whole else TokenLayout((1, patches), layout.prefix + count.fused)
+    choice = 0
+    if count.gone and getattr(block, "reducer", None) is not None:
+        choice = block.reducer.macs(count, layout.prefix, attention.attn_dim, attention.head_dim)
+    if isinstance(attention, LinformerAttention):
+        attending, mixing, keys = attention.macs(layout)
+        return LayerMacs(dense, attending, mixing, keys / N, N)
+    spec = None
+    if isinstance(attention, SparseAttention):
+        spec = attention.list_spec(now, None if whole else layout)
     if spec is None:
-        return LayerMacs(dense, dense, 0, 1.0)
-    summary = attention.summary_side(layout)
-    windows = 0 if summary is None else layout.squares(summary)
+        return LayerMacs(dense, per_pair * n * n, 0, now.patches * n / (layout.patches * N), n, choice)
+    windows = 0 if spec.summary is None else now.squares(spec.summary)
     keys = spec.budget + windows
-    pairs = layout.patches * keys + layout.prefix * N
+    pairs = now.patches * keys + now.prefix * n
     scorer = attention.scorer.macs(spec, attention.num_heads, attention.head_dim)
-    return LayerMacs(dense, per_pair * pairs, scorer, keys / N)
+    visits = now.patches * keys / (layout.patches * N)
+    return LayerMacs(dense, per_pair * pairs, scorer, visits, n, choice)
 
 
-def _block_weights(model: VisionTransformer) -> int:
-    """Weights of all linear layers in the blocks that every token meets once."""
-    return sum(
-        module.weight.numel()
-        for name, module in model.blocks.named_modules()
-        if isinstance(module, nn.Linear) and ".scorer." not in name
-    )
+def _count_linears(block: nn.Module, count: Counts) -> int:
+    """Linear layers of a block that every token meets once."""
+    macs = 0
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear) and ".scorer." not in name and not name.startswith("reducer."):
+            macs += module.weight.numel() * (count.attention if name.startswith("attn.") else count.mlp)
+    return macs
 
 
-def _count_stem_and_head(
-    model: VisionTransformer, input_size: tuple[int, int, int], layout: TokenLayout
-) -> int:
+def _count_stem_and_head(model: VisionTransformer, input_size: tuple[int, int, int], tokens: int) -> int:
     """Stem and head differ from model to model, so torch counts them, on a copy without data."""
     shapes = {
         id(tensor): torch.empty_like(tensor, device="meta")
@@ -182,7 +247,7 @@ def _count_stem_and_head(
     dtype = next(model.parameters()).dtype
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         shape_model.patch_embed(torch.empty(1, *input_size, dtype=dtype, device="meta"))
-        shape_model.forward_head(torch.empty(1, layout.tokens, model.embed_dim, dtype=dtype, device="meta"))
+        shape_model.forward_head(torch.empty(1, tokens, model.embed_dim, dtype=dtype, device="meta"))
     flops: int = counter.get_total_flops()
     return flops // 2
 

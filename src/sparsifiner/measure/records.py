@@ -17,6 +17,7 @@ import torch
 
 from sparsifiner.config import SparsifyConfig, make_config
 from sparsifiner.files import write_aside
+from sparsifiner.tokens import TokenMethod, describe_tokens
 
 Row = dict[str, Any]
 
@@ -64,6 +65,8 @@ def _words_of(flag: str, value: Any) -> list[str]:
         return [f"--{flag}", *(str(each) for each in value)]
     if value is None:
         return [f"--{flag}", "none"]
+    if isinstance(value, TokenMethod):
+        value = describe_tokens(value)
     return [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
 
 

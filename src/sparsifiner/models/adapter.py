@@ -1,14 +1,13 @@
 """Adapter files: a sparse configuration and the scorers' weights, apart from the backbone."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparsifiner.config import SparsifyConfig, make_config
+from sparsifiner.config import SparsifyConfig, config_from_dict, config_to_dict
 from sparsifiner.files import write_aside
 from sparsifiner.patch import sparse_layers
 
@@ -30,13 +29,18 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     config = sparse_layers(model)[0].config
     scorers = {name: tensor.detach().cpu().contiguous() for name, tensor in scorer_weights(model).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {_KEY: json.dumps(asdict(config))}
+    metadata = {_KEY: json.dumps(config_to_dict(config))}
     write_aside(path, lambda file: save_file(scorers, file, metadata))
 
 
 def is_scorer(name: str) -> bool:
     """Whether a parameter of this name belongs to a scorer."""
     return ".scorer." in name
+
+
+def is_predictor(name: str) -> bool:
+    """Whether a parameter of this name belongs to what chooses the tokens that stay."""
+    return ".reducer." in name
 
 
 def scorer_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -74,6 +78,6 @@ def read_adapter_config(path: str | Path) -> SparsifyConfig | None:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
-        return None if text is None else make_config(**json.loads(text))
+        return None if text is None else config_from_dict(json.loads(text))
     except (SafetensorError, json.JSONDecodeError, TypeError, ValueError) as error:
         raise ValueError(f"adapter={str(path)!r} cannot be read: {error}; make it again") from error

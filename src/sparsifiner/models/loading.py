@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention
 from sparsifiner.config import SparsifyConfig
-from sparsifiner.models.adapter import is_scorer, read_adapter_config
+from sparsifiner.models.adapter import is_predictor, is_scorer, read_adapter_config
 from sparsifiner.patch import desparsify, sparsify
 
 _SHOWN_KEYS = 3
@@ -144,7 +144,9 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
             "configuration they were trained with: load_model(name, config=..., weights=..., adapter=...)"
         )
     scorers = _read_adapter(path, config)
-    before = [(module, dict(module.__dict__), dict(module._modules)) for module in _sparse(model)]
+    sparse = _sparse(model)
+    changed = [model, *sparse] if sparse else []  # the model for its blocks, which may drop tokens
+    before = [(module, dict(module.__dict__), dict(module._modules)) for module in changed]
     try:
         with warnings.catch_warnings():
             # its weights are about to come
@@ -220,6 +222,8 @@ def _load_checked(model: nn.Module, state: dict[str, Tensor], source: str) -> No
         raise ValueError(f"{source} does not fit the model: {_shorten(lines)}") from error
     if not _holds_scorer(state):  # dense weights have no scorer: that is what training adds
         missing = [key for key in missing if not is_scorer(key)]
+    if not any(is_predictor(key) for key in state):
+        missing = [key for key in missing if not is_predictor(key)]
     if missing or unexpected:
         problems = [f"{key} is missing from the file" for key in missing]
         problems += [f"{key} is unknown to the model" for key in unexpected]

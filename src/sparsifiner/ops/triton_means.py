@@ -32,11 +32,13 @@ def square_means(
     inputs = [x] if other is None else [x, other]
     means = x.new_empty(len(inputs), B, H, layout.squares(side), d, dtype=dtype or x.dtype)
     block_d = max(16, triton.next_power_of_2(d))
+    rows = layout.square_shape(side)[0]
     square_means_kernel[(layout.squares(side) * B * H, len(inputs))](
         *(inputs[0], inputs[-1], means, *inputs[0].stride()[:3], *inputs[-1].stride()[:3]),
         *(B * H, H, *layout.grid, layout.prefix, d),
         SIDE=side,
-        BLOCK_S=min(max(1, 4096 // block_d), triton.next_power_of_2(side**2)),
+        ROWS=rows,
+        BLOCK_S=min(max(1, 4096 // block_d), triton.next_power_of_2(rows * side)),
         BLOCK_D=block_d,
         num_warps=1 if x.element_size() == 2 else 2,
     )
@@ -52,6 +54,7 @@ def square_means_kernel(
     y_batch, y_head, y_token,
     pairs, H, GRID_H, GRID_W, PREFIX, HEAD_DIM,
     SIDE: tl.constexpr,
+    ROWS: tl.constexpr,  # of a whole square: its side, or that of the grid if that is smaller
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +68,7 @@ def square_means_kernel(
     width = tl.minimum(GRID_W - square % columns * SIDE, SIDE)
     first = PREFIX + square // columns * SIDE * GRID_W + square % columns * SIDE
     total = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, SIDE * SIDE, BLOCK_S):
+    for start in range(0, ROWS * SIDE, BLOCK_S):
         member = start + tl.arange(0, BLOCK_S)
         row, column = member // SIDE, member % SIDE
         token = (first + row * GRID_W + column).to(tl.int64)

@@ -4,19 +4,27 @@ from collections.abc import Callable
 
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.layout import TokenLayout
-from sparsifiner.scorers.base import ListSpec, Scorer
+from sparsifiner.scorers.base import ListSpec, Origin, Scorer
 from sparsifiner.scorers.impact import ImpactScorer
 from sparsifiner.scorers.lowrank import LowRankScorer
-from sparsifiner.scorers.patterns import OracleScorer, RandomScorer, StridedScorer, WindowScorer
+from sparsifiner.scorers.patterns import (
+    BigBirdScorer,
+    OracleScorer,
+    RandomScorer,
+    StridedScorer,
+    WindowScorer,
+)
 from sparsifiner.scorers.pooled import PooledScorer
 from sparsifiner.scorers.shared import BorrowingScorer, SharedLists
 
 __all__ = [
+    "BigBirdScorer",
     "BorrowingScorer",
     "ImpactScorer",
     "ListSpec",
     "LowRankScorer",
     "OracleScorer",
+    "Origin",
     "PooledScorer",
     "RandomScorer",
     "Scorer",
@@ -52,4 +60,6 @@ def make_scorer(
         return ImpactScorer(config.pool)
     if config.scorer == "random":
         return RandomScorer(config.seed, layer)
+    if config.scorer == "bigbird":
+        return BigBirdScorer(config.seed, layer)
     return _WITHOUT_OPTIONS[config.scorer]()

@@ -22,6 +22,19 @@ _CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where tokens come from, if some of the image's are gone.
+
+    Attributes:
+        layout: where all tokens of the image lie.
+        tokens: int64 [B, N], index of each token among them.
+    """
+
+    layout: TokenLayout
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
 class ListSpec:
     """The lists that a layer wants.
 
@@ -33,6 +46,8 @@ class ListSpec:
         scale: factor of the layer's logits.
         backend: backend of the selection.
         summary: side of the windows whose means stand for the keys that a list lacks, None for none.
+        runs: tokens lie in a line, and tile and windows are runs of a square number of them.
+        origin: where the tokens come from, None if all of the image are there.
     """
 
     layout: TokenLayout
@@ -42,6 +57,8 @@ class ListSpec:
     scale: float
     backend: str = "auto"
     summary: int | None = None
+    runs: bool = False
+    origin: Origin | None = None
 
     @property
     def rows(self) -> int:

@@ -1,5 +1,7 @@
 """How much a tile's result would change without a key: training-free, and better than a pooled score."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -95,7 +97,9 @@ class ImpactScorer(Scorer):
         height, width = spec.layout.square_shape(spec.tile)
         if spec.budget - spec.forced < height * width // 4:
             return spec.tile
-        return self.pool or (spec.tile if spec.tile % 2 else spec.tile // 2)
+        side = math.isqrt(spec.tile) if spec.runs else spec.tile
+        pool = self.pool or (side if side % 2 else side // 2)
+        return pool**2 if spec.runs else pool
 
     @staticmethod
     def _window_side(spec: ListSpec) -> int:
@@ -121,7 +125,8 @@ class ImpactScorer(Scorer):
 
     def elements_per_row(self, spec: ListSpec) -> int:
         """See `Scorer.elements_per_row`: all squares of a tile."""
-        return spec.layout.tokens * (spec.tile // self.pool_side(spec)) ** 2
+        squares = spec.tile // self.pool_side(spec)
+        return spec.layout.tokens * (squares if spec.runs else squares**2)
 
     def extra_repr(self) -> str:
         """Side of the squares."""

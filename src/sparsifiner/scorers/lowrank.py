@@ -12,7 +12,7 @@ from sparsifiner.connectivity import Connectivity
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import library
 from sparsifiner.ops.precision import accumulation_dtype
-from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
+from sparsifiner.scorers.base import ListSpec, Origin, RowScores, Scorer
 
 
 class LowRankScorer(Scorer):
@@ -81,13 +81,30 @@ class LowRankScorer(Scorer):
         nn.init.zeros_(self.query.bias)
         nn.init.zeros_(self.key.bias)
 
-    def coefficients(self, q: Tensor, k: Tensor, layout: TokenLayout, tile: int = 1) -> Tensor:
-        """C, all K coefficients of every row: [B, H, rows, K], rows sum to 1."""
+    def coefficients(
+        self, q: Tensor, k: Tensor, layout: TokenLayout, tile: int = 1, origin: Origin | None = None
+    ) -> Tensor:
+        """C, all K coefficients of every row: [B, H, rows, K], rows sum to 1.
+
+        Args:
+            q: [B, H, N, d] unscaled queries.
+            k: [B, H, N, d] keys.
+            layout: where the tokens lie.
+            tile: side of a tile.
+            origin: where they come from, if some of the image's are gone.
+        """
         accurate = accumulation_dtype(q.dtype)
         query = layout.square_means(q[:, :, layout.prefix :].to(accurate), tile)
         reduced_query = F.linear(query, self.query.weight.to(accurate), self.query.bias.to(accurate))
         reduced_key = F.linear(k.to(accurate), self.key.weight.to(accurate), self.key.bias.to(accurate))
-        down = self._resampled_down(layout).to(accurate)
+        if origin is None:
+            down = self._resampled_down(layout).to(accurate)
+        else:
+            of_image = self._resampled_down(origin.layout).to(accurate)
+            # a quadrature, whose sum stays when patches go
+            gain = torch.ones(layout.tokens, 1, device=q.device, dtype=accurate)
+            gain[layout.prefix :] = origin.layout.patches / layout.patches
+            down = (of_image[origin.tokens] * gain)[:, None]  # [B, 1, N, K]
         key_down = (reduced_key.mT @ down).mT  # [B, H, K, c]
         logits: Tensor = reduced_query @ key_down.mT * self.temperature
         return logits.softmax(-1)
@@ -112,8 +129,14 @@ class LowRankScorer(Scorer):
 
     def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
-        largest = self._largest_coefficients(q, k, spec.layout, spec.tile)
-        basis = self.basis(spec.layout).to(largest.values.dtype).mT.contiguous()  # [K, N]
+        largest = self._largest_coefficients(q, k, spec.layout, spec.tile, spec.origin)
+        if spec.origin is None:
+            basis = self.basis(spec.layout).to(largest.values.dtype).mT.contiguous()  # [K, N]
+            first_row = torch.zeros(1, dtype=torch.long, device=q.device)
+        else:
+            of_image = self.basis(spec.origin.layout).to(largest.values.dtype)
+            basis = of_image[spec.origin.tokens].mT.flatten(0, 1).contiguous()  # [B * K, N]
+            first_row = torch.arange(len(q), device=q.device) * self.up.shape[1]
         if self.legacy:
             zeros = largest.values.new_zeros(*largest.values.shape[:-1], self.up.shape[1])
             sparse = zeros.scatter(-1, largest.indices, largest.values)
@@ -121,7 +144,7 @@ class LowRankScorer(Scorer):
 
         def scores(start: int, stop: int) -> Tensor:
             # a sparse product: `coef_topk` basis rows per row of scores instead of all K
-            index = largest.indices[:, :, start:stop]
+            index = largest.indices[:, :, start:stop] + first_row[:, None, None, None]
             weight = largest.values[:, :, start:stop]
             flat = F.embedding_bag(
                 index.reshape(-1, index.shape[-1]),
@@ -129,13 +152,13 @@ class LowRankScorer(Scorer):
                 per_sample_weights=weight.reshape(-1, weight.shape[-1]),
                 mode="sum",
             )
-            return flat.view(*index.shape[:-1], -1)
+            return flat.view(*index.shape[:-1], basis.shape[1])
 
         return scores
 
     def fused_lists(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str) -> Tensor | None:
         """See `Scorer.fused_lists`."""
-        if self.legacy or library.why_no_kernel(backend, q):
+        if self.legacy or spec.origin is not None or library.why_no_kernel(backend, q):
             return None
         layout = spec.layout
         if backend == "triton":
@@ -182,10 +205,10 @@ class LowRankScorer(Scorer):
         return f"tokens={tokens}, basis={basis}, coef_topk={self.coef_topk}, legacy={self.legacy}"
 
     def _largest_coefficients(
-        self, q: Tensor, k: Tensor, layout: TokenLayout, tile: int
+        self, q: Tensor, k: Tensor, layout: TokenLayout, tile: int, origin: Origin | None = None
     ) -> torch.return_types.topk:
         """Values and indices of the coefficients that are kept, [B, H, rows, coef_topk]."""
-        coefficients = self.coefficients(q, k, layout, tile)
+        coefficients = self.coefficients(q, k, layout, tile, origin)
         return coefficients.topk(min(self.coef_topk, self.up.shape[1]), -1)
 
     def _resampled_down(self, layout: TokenLayout) -> Tensor:

@@ -91,6 +91,41 @@ class RandomScorer(_FixedScorer):
         return f"seed={self.seed}, layer={self.layer}"
 
 
+class BigBirdScorer(_FixedScorer):
+    """Half the list as `WindowScorer` chooses it, the rest as `RandomScorer` does.
+
+    Args:
+        seed: seed of the whole model.
+        layer: index of the layer.
+
+    Source:
+        Zaheer et al., "Big Bird: Transformers for Longer Sequences", NeurIPS 2020: window, random and global
+        keys; the global ones are the prefix tokens, which count as nearest.
+    """
+
+    def __init__(self, seed: int, layer: int) -> None:
+        super().__init__()
+        self.window = WindowScorer()
+        self.random = RandomScorer(seed, layer)
+
+    def configure(self, config: SparsifyConfig) -> None:
+        """See `Scorer.configure`."""
+        self.random.configure(config)
+
+    def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
+        """See `Scorer.row_scores`."""
+        nearness = self.window.row_scores(q, k, v, spec)
+        chance = self.random.row_scores(q, k, v, spec)
+        near = -(-spec.budget // 2)
+
+        def scores(start: int, stop: int) -> Tensor:
+            by_nearness = nearness(start, stop)
+            nearest = by_nearness.topk(near, -1).indices
+            return chance(start, stop).scatter(-1, nearest, torch.inf)
+
+        return scores
+
+
 def _hash(x: Tensor) -> Tensor:
     """Mixes the low 32 bits of int64 numbers; a counter-based generator needs no state.
 

@@ -217,6 +217,8 @@ def _check(model: VisionTransformer, config: SparsifyConfig, match: Match, fit_s
         raise ValueError("model is in training mode; call model.eval() first")
     if config.share > 1:
         raise ValueError(f"share={config.share}: calibrate needs lists of each layer's own; set share=1")
+    if config.tokens is not None:
+        raise ValueError("calibrate measures layers that see all tokens; set tokens=None, and add them later")
     if match == "logits" and not model.num_classes:
         raise ValueError("match='logits' needs classes, but the model has none; use match='tokens'")
 

@@ -61,9 +61,19 @@ def distillation_loss(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     )
 
 
-def token_loss(tokens: Tensor, teacher_tokens: Tensor) -> Tensor:
-    """Mean squared error of patch tokens [B, patches, C] behind the final norm."""
-    return F.mse_loss(tokens, teacher_tokens)
+def token_loss(tokens: Tensor, teacher_tokens: Tensor, policy: Tensor | None = None) -> Tensor:
+    """Mean squared error of patch tokens [B, patches, C] behind the final norm.
+
+    Args:
+        tokens: of the student.
+        teacher_tokens: of the teacher, of the same patches.
+        policy: [B, patches] of 0 and 1, tokens that count; None for all.
+    """
+    if policy is None:
+        return F.mse_loss(tokens, teacher_tokens)
+    error = (tokens - teacher_tokens).square().mean(-1)
+    weight = policy.detach().to(error.dtype)
+    return (error * weight).sum() / weight.sum().clamp(min=1.0)
 
 
 def _attend_to_basis(q: Tensor, k: Tensor, basis: Tensor, scale: float) -> Tensor:

@@ -106,6 +106,8 @@ class LossWeights:
         reconstruct: squared error per image between scores and the teacher's attention, averaged over
             layers: .01 on the sum over the released batch of 168 images.
         self_reconstruct: the same against the student's own attention: .002 on that sum.
+        ratio: mean squared difference between the share of patches that a predictor keeps and the one that
+            is wanted, where the model has a predictor (DynamicViT).
 
     Source:
         Wei et al., "Sparsifiner", CVPR 2023, and its released code.
@@ -116,6 +118,7 @@ class LossWeights:
     token: float = 0.5
     reconstruct: float = 0.01 * 168
     self_reconstruct: float = 0.002 * 168
+    ratio: float = 2.0
 
     def __post_init__(self) -> None:
         """Rejects negative weights."""

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention
 from sparsifiner.layout import TokenLayout
-from sparsifiner.models.adapter import is_scorer
-from sparsifiner.models.features import patch_tokens
+from sparsifiner.models.adapter import is_predictor, is_scorer
+from sparsifiner.models.features import patch_tokens, token_states
 from sparsifiner.ops.precision import without_autocast
 from sparsifiner.patch import desparsify
 from sparsifiner.scorers import BorrowingScorer
+from sparsifiner.tokens.blocks import TokenBlocks
+from sparsifiner.tokens.dynamicvit import ratio_loss
+from sparsifiner.tokens.state import take_tokens
 from sparsifiner.trace import trace_projections
 from sparsifiner.training.losses import (
     classification_loss,
@@ -23,7 +26,7 @@ from sparsifiner.training.losses import (
     reconstruction_loss,
     token_loss,
 )
-from sparsifiner.training.recipe import LossWeights, StageKind
+from sparsifiner.training.recipe import STAGE_KINDS, LossWeights, StageKind
 
 Projections = Sequence[tuple[Tensor, Tensor]]
 
@@ -56,10 +59,11 @@ class Teacher:
     def __call__(self, images: Tensor, *, projections: bool) -> TeacherOutput:
         """Looks at images [B, 3, H, W]; `projections` asks for queries and keys too."""
         if not projections:
-            return TeacherOutput(*_forward(self.model, images), [])
+            seen = _forward(self.model, images)
+            return TeacherOutput(seen["tokens"], seen["logits"], [])
         with trace_projections(self.model) as recorded:
-            tokens, logits = _forward(self.model, images)
-        return TeacherOutput(tokens, logits, recorded)
+            seen = _forward(self.model, images)
+        return TeacherOutput(seen["tokens"], seen["logits"], recorded)
 
 
 class Student(nn.Module):
@@ -73,6 +77,13 @@ class Student(nn.Module):
 
     def __init__(self, model: nn.Module, kind: StageKind, frozen: Collection[str] = ()) -> None:
         super().__init__()
+        if {"joint", "self"} & {name for name, stage in STAGE_KINDS.items() if stage is kind} and any(
+            isinstance(module, TokenBlocks) for module in model.modules()
+        ):
+            raise ValueError(
+                "stages: joint and self compare attention of all tokens, but tokens drops some; use distil, "
+                "after reconstruct where the scorer learns"
+            )
         self.model = model
         self.kind = kind
         for name, parameter in model.named_parameters():
@@ -94,17 +105,16 @@ class Student(nn.Module):
 
         Returns:
             "reconstruct" or "self_reconstruct", scalar, where the scorer learns; "logits" and "tokens"
-            where the backbone does.
+            where the backbone does; "positions" [B, n] of the tokens where some are gone; "policy" [B, n] and
+            "ratio" where a predictor learns which should be.
         """
         losses = self.kind.losses
         if self.kind.trains == "scorer" and "reconstruct" in losses:  # the twin did the forward
             return {"reconstruct": self._reconstruct(images, teacher, teacher)}
         if not {"reconstruct", "self_reconstruct"}.intersection(losses):
-            tokens, logits = _forward(self.model, images)
-            return {"logits": logits, "tokens": tokens}
+            return _forward(self.model, images)
         with trace_projections(self.model) as own:
-            tokens, logits = _forward(self.model, images)
-        outputs = {"logits": logits, "tokens": tokens}
+            outputs = _forward(self.model, images)
         if "reconstruct" in losses:
             outputs["reconstruct"] = self._reconstruct(images, own, teacher)
         if "self_reconstruct" in losses:
@@ -148,9 +158,14 @@ def compute_losses(
             losses[name] = distillation_loss(outputs["logits"], teacher.logits.to(outputs["logits"].dtype))
         elif name == "token":
             assert teacher is not None
-            losses[name] = token_loss(outputs["tokens"], teacher.tokens.to(outputs["tokens"].dtype))
+            wanted = teacher.tokens.to(outputs["tokens"].dtype)
+            if "positions" in outputs:
+                wanted = take_tokens(wanted, outputs["positions"])
+            losses[name] = token_loss(outputs["tokens"], wanted, outputs.get("policy"))
         else:
             losses[name] = outputs[name]
+    if "ratio" in outputs:
+        losses["ratio"] = outputs["ratio"]
     return losses
 
 
@@ -182,9 +197,13 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def same_backbone(model: nn.Module, other: nn.Module) -> bool:
-    """Whether two models have the same weights, scorers aside."""
+    """Whether two models have the same weights, what chooses keys or tokens aside."""
     weights, others = (
-        {name: weight for name, weight in each.state_dict().items() if not is_scorer(name)}
+        {
+            name: weight
+            for name, weight in each.state_dict().items()
+            if not (is_scorer(name) or is_predictor(name))
+        }
         for each in (model, other)
     )
     return weights.keys() == others.keys() and all(
@@ -192,11 +211,19 @@ def same_backbone(model: nn.Module, other: nn.Module) -> bool:
     )
 
 
-def _forward(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Patch tokens behind the final norm [B, patches, C] and logits [B, classes]."""
+def _forward(model: Any, images: Tensor) -> dict[str, Tensor]:
+    """Patch tokens behind the final norm [B, patches, C], logits [B, classes], and what tells of others."""
     assert isinstance(model, VisionTransformer)
-    features = model.forward_features(images)
-    return patch_tokens(model, features), model.forward_head(features)
+    with token_states(model) as states:
+        features = model.forward_features(images)
+    state = states[-1] if states else None
+    outputs = {"tokens": patch_tokens(model, features, state), "logits": model.forward_head(features)}
+    if state is not None and state.positions is not None:
+        outputs["positions"] = state.positions
+    if state is not None and state.policy is not None:
+        outputs["policy"] = state.policy[:, state.prefix :]
+        outputs["ratio"] = ratio_loss(model.blocks, states)
+    return outputs
 
 
 def _layout_of(model: nn.Module, images: Tensor) -> TokenLayout:

@@ -180,6 +180,7 @@ def _select(
                 *(pair, first, size, H, N, layout.tokens, *k.stride()[:3], stride, part),
                 *(*layout.square_grid(queries.pool), layout.square_grid(tile)[1], queries.scale),
                 SIDE=tile // queries.pool,
+                ROWS=min(tile // queries.pool, layout.square_grid(queries.pool)[0]),
                 HEAD_DIM=d,
                 BLOCK_T=block_t,
                 BLOCK_N=block_n,
@@ -209,12 +210,13 @@ def tile_scores_kernel(
     k_batch, k_head, k_token,
     stride, part, SQUARES_H, SQUARES_W, TILES_W, scale,
     SIDE: tl.constexpr,
+    ROWS: tl.constexpr,  # of squares of a whole tile: SIDE, or those of the grid if they are fewer
     HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T tiles, each of SIDE x SIDE squares with a mean query, times BLOCK_N keys of one head."""
+    """BLOCK_T tiles, each of ROWS x SIDE squares with a mean query, times BLOCK_N keys of one head."""
     pair = first_pair + tl.program_id(2).to(tl.int64)
     row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -225,7 +227,7 @@ def tile_scores_kernel(
     key_at = token[:, None].to(tl.int64) * k_token + dim
     key = tl.load(k + key_at, mask=is_key[:, None] & is_dim, other=0.0)  # [BLOCK_N, BLOCK_D]
     best = tl.full([BLOCK_T, BLOCK_N], -float("inf"), tl.float32)
-    for member in range(SIDE * SIDE):
+    for member in range(ROWS * SIDE):
         # squares that the edge cuts off are the tile's first
         y = tl.where(top + member // SIDE < SQUARES_H, top + member // SIDE, top)
         x = tl.where(left + member % SIDE < SQUARES_W, left + member % SIDE, left)
@@ -235,7 +237,7 @@ def tile_scores_kernel(
         score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         if log_mass is not None:
             score -= tl.load(log_mass + square, mask=is_row, other=0.0)[:, None]
-        best = score if SIDE == 1 else tl.maximum(best, score, propagate_nan=tl.PropagateNan.ALL)
+        best = score if ROWS * SIDE == 1 else tl.maximum(best, score, propagate_nan=tl.PropagateNan.ALL)
     if log_deviation is not None:
         best += tl.load(log_deviation + pair * tokens + token, mask=is_key, other=0.0)[None, :]
     to = (tl.program_id(2) * part + row)[:, None].to(tl.int64) * stride + token[None, :]

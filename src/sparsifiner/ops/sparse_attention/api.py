@@ -82,9 +82,7 @@ def sparse_attention(
             f"sparse_attention: summary must be a window side of at least 1 patch or None, got {summary!r}"
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = resolve_backend(
-        backend, "sparse_attention", q.device, _why_not(q, connectivity, summary)
-    )
+    chosen = resolve_backend(backend, "sparse_attention", q.device, _why_not(q, connectivity, summary))
     if chosen == "cpu" and _wants_gradients(q, k, v):
         if not torch.compiler.is_compiling():  # compiled code cannot log
             _say_torch_has_the_gradients()

@@ -63,20 +63,26 @@ class Problem:
         return self.layout.squares(self.summary) if self.summary else 0
 
     @property
+    def queries(self) -> int:
+        """Places of queries in a tile: rows of its side, of which there are no more than the grid has."""
+        return self.layout.square_shape(self.side)[0] * self.side
+
+    @property
     def count_dtype(self) -> torch.dtype:
         """Of the tokens of a window that a list lacks."""
-        return torch.uint8 if self.summary**2 <= torch.iinfo(torch.uint8).max else torch.int32
+        height, width = self.layout.square_shape(self.summary)
+        return torch.uint8 if height * width <= torch.iinfo(torch.uint8).max else torch.int32
 
     def block_m(self, q: Tensor) -> int:
         """Queries of one program; larger tiles are divided."""
         largest = _LARGEST_BLOCK_M
         if q.dtype == torch.float32:  # whose products take registers instead of matrix units
             largest = 32 if q.shape[-1] <= 64 else 16
-        return max(16, min(largest, triton.next_power_of_2(self.side**2)))
+        return max(16, min(largest, triton.next_power_of_2(self.queries)))
 
     def parts(self, q: Tensor) -> int:
         """Programs of one tile."""
-        return triton.cdiv(self.side**2, self.block_m(q))
+        return triton.cdiv(self.queries, self.block_m(q))
 
     def prefix_parts(self, q: Tensor) -> int:
         """Parts of the prefix, each with a program per split."""

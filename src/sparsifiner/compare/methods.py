@@ -1,0 +1,135 @@
+"""The methods that are compared, behind one interface: a dense model becomes a cheaper one."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from timm.models.vision_transformer import VisionTransformer
+
+from sparsifiner.models.linformer import linformer
+from sparsifiner.patch import sparsify
+from sparsifiner.tokens import DynamicViT, EViT, ToMe
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a method may spend.
+
+    Attributes:
+        keep: share of the keys; None where the method has no such choice.
+        token_keep: share of the patches that each of three stages leaves; None likewise.
+    """
+
+    keep: float | None = None
+    token_keep: float | None = None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What lists of all methods share.
+
+    Attributes:
+        tile: side in patches of the square of queries that share one list.
+        summary: side in patches of the summary windows of our methods.
+        pool: side of the squares whose mean queries score for "impact"; half the tile's if None.
+    """
+
+    tile: int = 8
+    summary: int = 8
+    pool: int | None = None
+
+
+Build = Callable[[VisionTransformer, Budget, Geometry], VisionTransformer]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    Attributes:
+        build: makes a dense model cheaper, in place.
+        spends: which shares it takes: "keys", "tokens", "both" or "nothing".
+        ours: whether it is this package's own.
+        untrained: whether it can be used without training.
+        is_bound: whether it only shows what a form of sparsity allows: it computes dense attention to choose.
+    """
+
+    build: Build
+    spends: Literal["keys", "tokens", "both", "nothing"]
+    ours: bool = False
+    untrained: bool = True
+    is_bound: bool = False
+
+    def budgets(self, keeps: list[float], token_keeps: list[float]) -> list[Budget]:
+        """Settings to try; where both are spent, the first with the first, and so on."""
+        if self.spends == "keys":
+            return [Budget(keep=keep) for keep in keeps]
+        if self.spends == "tokens":
+            return [Budget(token_keep=keep) for keep in token_keeps]
+        if self.spends == "both":
+            return [Budget(keep, tokens) for keep, tokens in zip(keeps, token_keeps, strict=True)]
+        return [Budget()]
+
+
+def _lists(**options: Any) -> Build:
+    """Key lists of a scorer, by tile and with our summaries unless the options say otherwise."""
+
+    def build(model: VisionTransformer, budget: Budget, geometry: Geometry) -> VisionTransformer:
+        chosen = {"tile": geometry.tile, "summary": geometry.summary, **options}
+        if chosen.get("scorer", "impact") == "impact":
+            chosen["pool"] = geometry.pool
+        if budget.token_keep is not None:
+            chosen["tokens"] = EViT(keep=budget.token_keep)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the low-rank scorer is untrained")
+            sparsify(model, keep=1.0 if budget.keep is None else budget.keep, **chosen)
+        return model
+
+    return build
+
+
+def _tokens(make: Callable[[float, VisionTransformer], Any]) -> Build:
+    """Fewer tokens, dense attention among them."""
+
+    def build(model: VisionTransformer, budget: Budget, geometry: Geometry) -> VisionTransformer:
+        assert budget.token_keep is not None
+        sparsify(model, keep=1.0, summary=None, tokens=make(budget.token_keep, model))
+        return model
+
+    return build
+
+
+def _merges(keep: float, model: VisionTransformer) -> ToMe:
+    """ToMe that ends with as many patches as three stages of dropping would."""
+    patches = int(model.patch_embed.num_patches)
+    return ToMe(r=max(1, round((1 - keep**3) * patches / len(model.blocks))))
+
+
+def _build_linformer(model: VisionTransformer, budget: Budget, geometry: Geometry) -> VisionTransformer:
+    assert budget.keep is not None
+    linformer(model, budget.keep)
+    return model
+
+
+_PATTERN = {"summary": None, "profile": "even"}
+METHODS: dict[str, Method] = {
+    "dense": Method(lambda model, budget, geometry: model, "nothing"),
+    "fast": Method(_lists(), "keys", ours=True),
+    "fast+evit": Method(_lists(), "both", ours=True),
+    "pooled": Method(_lists(scorer="pooled"), "keys", ours=True),
+    "paper": Method(_lists(preset="paper", tile=1, summary=None), "keys", ours=True, untrained=False),
+    "paper+summaries": Method(
+        _lists(preset="paper", tile=1, profile="falling"), "keys", ours=True, untrained=False
+    ),
+    "released": Method(_lists(preset="paper", tile=1, summary=None, legacy=True), "keys", untrained=False),
+    "linformer": Method(_build_linformer, "keys"),
+    "window": Method(_lists(scorer="window", **_PATTERN), "keys"),
+    "strided": Method(_lists(scorer="strided", **_PATTERN), "keys"),
+    "random": Method(_lists(scorer="random", **_PATTERN), "keys"),
+    "bigbird": Method(_lists(scorer="bigbird", **_PATTERN), "keys"),
+    "oracle": Method(_lists(scorer="oracle", **_PATTERN), "keys", is_bound=True),
+    "evit": Method(_tokens(lambda keep, model: EViT(keep=keep)), "tokens"),
+    "dynamicvit": Method(_tokens(lambda keep, model: DynamicViT(keep=keep)), "tokens", untrained=False),
+    "tome": Method(_tokens(_merges), "tokens"),
+}

@@ -1,0 +1,238 @@
+"""Trains, evaluates, counts and times each method alike, and keeps a row of every one."""
+
+import copy
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from sparsifiner.compare.methods import METHODS, Budget, Geometry, Method
+from sparsifiner.data import ImageSet, evaluation_transform, make_loader
+from sparsifiner.measure.accuracy import evaluate
+from sparsifiner.measure.macs import count_macs
+from sparsifiner.measure.memory import scratch_bytes
+from sparsifiner.measure.records import Row, append_rows, provenance, read_rows
+from sparsifiner.measure.timing import time_in_turns
+from sparsifiner.training import Recipe, train
+
+RESULTS = "results.json"
+# what tells one row from another
+_KEYS = ("method", "keep", "token_keep", "trained", "seed")
+_TIMED_DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        methods: one or several, as in '[fast,evit]': dense, fast, fast+evit, pooled, paper, paper+summaries,
+            released, linformer, window, strided, random, bigbird, oracle, evit, dynamicvit, tome.
+        keep: shares of the keys, one or several: '0.1 0.25'.
+        token_keep: shares of the patches that stay at each stage of dropping; as many as `keep`.
+        tile: side in patches of the square of queries that share one list.
+        summary: side in patches of the summary windows of our methods.
+        pool: side of the squares whose mean queries score for "impact"; half the tile's by default.
+        seeds: of the training, one run each; training-free rows have the first.
+        untrained: make training-free rows too.
+        trained: make rows of trained models.
+        timed_on: where models are timed, "cuda" in bf16 and "cpu" in fp32; what is there by default.
+        timing_batch: images of a timed batch on a GPU; one on a CPU.
+    """
+
+    methods: str | list[str] = field(default_factory=lambda: list(METHODS))
+    keep: float | list[float] = field(default_factory=lambda: [0.1, 0.25])
+    token_keep: float | list[float] = field(default_factory=lambda: [0.5, 0.7])
+    tile: int = 8
+    summary: int = 8
+    pool: int | None = None
+    seeds: int | list[int] = 0
+    untrained: bool = True
+    trained: bool = True
+    timed_on: str | list[str] | None = None
+    timing_batch: int = 64
+
+    def __post_init__(self) -> None:
+        """Rejects what cannot be compared by name."""
+        unknown = [name for name in self.listed("methods") if name not in METHODS]
+        if unknown:
+            raise ValueError(f"methods: {unknown[0]!r} is unknown; choose from {', '.join(METHODS)}")
+        for name in ("methods", "keep", "token_keep", "seeds"):
+            if not self.listed(name):
+                raise ValueError(f"{name} is empty; give at least one")
+        keeps, tokens = self.listed("keep"), self.listed("token_keep")
+        if len(keeps) != len(tokens):
+            raise ValueError(
+                f"keep has {len(keeps)} entries, but token_keep has {len(tokens)}; some methods take "
+                "one of each"
+            )
+        for device in self.listed("timed_on"):
+            if device not in _TIMED_DTYPES:
+                raise ValueError(f"timed_on={device!r} is unknown; choose from {', '.join(_TIMED_DTYPES)}")
+            if device == "cuda" and not torch.cuda.is_available():
+                raise ValueError("timed_on='cuda', but there is no GPU here; leave it out")
+        if self.timing_batch < 1:
+            raise ValueError(f"timing_batch must be at least 1, got {self.timing_batch}")
+
+    def listed(self, name: str) -> list[Any]:
+        """An attribute as a list."""
+        value = getattr(self, name)
+        if value is None:
+            return []
+        return list(value) if isinstance(value, list) else [value]
+
+
+def compare(
+    dense: nn.Module,
+    images: ImageSet,
+    validation: ImageSet,
+    recipe: Recipe,
+    comparison: Comparison,
+    output: str | Path,
+    *,
+    device: str = "auto",
+    report: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Compares methods on one data set, from one dense model, by one recipe; goes on where it stopped.
+
+    Each method starts from the dense model's weights and learns from it as `train` does; "dense" is that
+    model trained on alike. Rows of methods that are there already are not made again.
+
+    Args:
+        dense: the dense model, which is the teacher, too.
+        images: to train on.
+        validation: to evaluate on.
+        recipe: how to train; stages that have nothing to learn in a method are left out there.
+        comparison: what is compared.
+        output: folder of results.json and of the runs.
+        device: where to train and to evaluate: "auto" takes a GPU if there is one.
+        report: called with every new row.
+
+    Returns:
+        All rows of the folder. Their "right" tells image by image who was right, as hexadecimal bits.
+    """
+    assert isinstance(dense, VisionTransformer)
+    output = Path(output)
+    file = output / RESULTS
+    done = {_key(row) for row in read_rows(file)}
+    chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    transform = evaluation_transform(
+        dense, mean=recipe.mean, std=recipe.std, crop_pct=recipe.crop_pct, interpolation=recipe.interpolation
+    )
+    loader = make_loader(validation, transform, recipe.batch_size, workers=recipe.workers)
+    for name, budget, trained, seed in _settings(comparison):
+        described = {"method": name, **dataclasses.asdict(budget), "trained": trained, "seed": seed}
+        if _key(described) in done:
+            continue
+        method = METHODS[name]
+        geometry = Geometry(comparison.tile, comparison.summary, comparison.pool)
+        torch.manual_seed(seed)
+        model = method.build(copy.deepcopy(dense), budget, geometry)
+        if trained:
+            run = "_".join(str(part) for part in described.values() if part is not None).replace(" ", "")
+            own = dataclasses.replace(recipe, seed=seed)
+            teacher = copy.deepcopy(dense)
+            folder = output / "runs" / run
+            train(model, images, validation, own, folder, teacher=teacher, device=device, resume=True)
+        row = {
+            **described,
+            "ours": method.ours,
+            "is_bound": method.is_bound,
+            **measure(model, dense, loader, comparison, chosen),
+            **provenance(chosen),
+        }
+        append_rows(file, [row])
+        if report is not None:
+            report(row)
+    return read_rows(file)
+
+
+def measure(
+    model: nn.Module, dense: nn.Module, loader: Any, comparison: Comparison, device: str
+) -> dict[str, Any]:
+    """Accuracy, MACs, milliseconds and memory of one model."""
+    assert isinstance(dense, VisionTransformer)
+    model, twin = model.to(device).eval(), copy.deepcopy(dense).to(device).eval()
+    accuracy = evaluate(model, loader, dense=twin, device=device)
+    against = accuracy.against_dense
+    assert against is not None
+    height, width = dense.patch_embed.img_size
+    counted = count_macs(model, (3, int(height), int(width))).to_dict()
+    timed = comparison.listed("timed_on") or ["cuda" if torch.cuda.is_available() else "cpu"]
+    costs: dict[str, Any] = {}
+    for place in timed:
+        batch = comparison.timing_batch if place == "cuda" else 1
+        shape = (batch, 3, int(height), int(width))
+        costs |= _cost_on(place, {"model": model, "dense": twin}, shape)
+    return {
+        "images": accuracy.images,
+        "top1": accuracy.top1,
+        "right": pack_bits(accuracy.right),
+        "agreement": against.agreement,
+        "logit_kl": against.logit_kl,
+        "tokens": counted["tokens"],
+        "key_visits": counted["key_visits"],
+        "macs": counted["sparse"],
+        "dense_macs": counted["dense"],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **costs,
+    }
+
+
+def pack_bits(right: Tensor) -> str:
+    """Bools as hexadecimal digits."""
+    return np.packbits(right.numpy()).tobytes().hex()
+
+
+def unpack_bits(text: str, count: int) -> np.ndarray:
+    """The first `count` bools that `pack_bits` packed, as numbers."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8))[:count]
+    return bits.astype(np.float64)
+
+
+def _settings(comparison: Comparison) -> Iterator[tuple[str, Budget, bool, int]]:
+    """Every row wanted: all methods once before more seeds, so that a first picture is there early."""
+    seeds = comparison.listed("seeds")
+    kinds = [(False, seeds[:1] if comparison.untrained else []), (True, seeds if comparison.trained else [])]
+    for trained, own_seeds in kinds:
+        for seed, name in itertools.product(own_seeds, comparison.listed("methods")):
+            method: Method = METHODS[name]
+            if trained or method.untrained:
+                for budget in method.budgets(comparison.listed("keep"), comparison.listed("token_keep")):
+                    yield name, budget, trained, seed
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in _KEYS)
+
+
+def _cost_on(place: str, models: dict[str, nn.Module], shape: tuple[int, ...]) -> dict[str, Any]:
+    """Milliseconds of a batch, beside the dense model's, and on a GPU the memory that the model needs."""
+    dtype = _TIMED_DTYPES[place]
+    images = torch.randn(shape, dtype=dtype, device=place)
+    copies = {name: copy.deepcopy(model).to(place, dtype) for name, model in models.items()}
+
+    def forward(model: nn.Module) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = model(images)
+        return logits
+
+    calls = {name: functools.partial(forward, model) for name, model in copies.items()}
+    timings = time_in_turns(calls, device=place, graphs=True)
+    memory = scratch_bytes(calls["model"], place)
+    return {
+        f"{place}_batch": shape[0],
+        f"{place}_ms": timings["model"].median_ms,
+        f"{place}_ms_low": timings["model"].low_ms,
+        f"{place}_ms_high": timings["model"].high_ms,
+        f"{place}_dense_ms": timings["dense"].median_ms,
+        **({} if memory is None else {f"{place}_bytes": memory}),
+    }

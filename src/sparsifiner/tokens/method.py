@@ -1,0 +1,139 @@
+"""What a token method is: a configuration, and the modules it adds to blocks."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparsifiner.connectivity import exact_ratio
+from sparsifiner.tokens.state import TokenState
+
+
+class TokenReducer(nn.Module):
+    """Drops or merges the tokens of one block; in its place in the block, or nowhere."""
+
+    def before_attention(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+        """Tokens [B, N, C] to those that the block's attention sees."""
+        return x, state
+
+    def after_attention(
+        self, x: Tensor, q: Tensor, k: Tensor, scale: float, state: TokenState
+    ) -> tuple[Tensor, TokenState]:
+        """Tokens [B, N, C] behind the attention to those that the block's MLP sees.
+
+        Args:
+            x: the residual stream.
+            q: [B, H, N, d] queries of the block's attention.
+            k: [B, H, N, d] keys.
+            scale: factor of its logits.
+            state: which tokens these are.
+        """
+        return x, state
+
+    def macs(self, counts: "Counts", prefix: int, width: int, head_dim: int) -> int:
+        """Multiply-accumulates per image of choosing, where some tokens go.
+
+        Args:
+            counts: tokens of the block.
+            prefix: prefix tokens, without fused ones.
+            width: channels of a token.
+            head_dim: d.
+        """
+        return 0
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Tokens of one block.
+
+    Attributes:
+        attention: those that its attention sees.
+        mlp: those that its MLP sees.
+        fused: fused tokens among those that come in; they count as prefix.
+        gone: patches that are dropped or merged in it.
+    """
+
+    attention: int
+    mlp: int
+    fused: int = 0
+    gone: int = 0
+
+
+class TokenMethod(ABC):
+    """Which tokens are dropped or merged, and where; a frozen dataclass of its options."""
+
+    @abstractmethod
+    def reducer(self, layer: int, depth: int, width: int, patches: int) -> TokenReducer | None:
+        """The module of one block, None where nothing happens.
+
+        Args:
+            layer: index of the block.
+            depth: number of blocks.
+            width: channels of a token.
+            patches: at the model's native image size.
+        """
+
+    @abstractmethod
+    def counts(self, depth: int, patches: int, prefix: int) -> list[Counts]:
+        """Tokens that each block's attention and MLP see, prefix included.
+
+        Args:
+            depth: number of blocks.
+            patches: patches of the image.
+            prefix: prefix tokens.
+        """
+
+    def why_not(self, prefix: int) -> str:
+        """Why models with so many prefix tokens cannot use the method; empty if they can."""
+        return ""
+
+
+def stages_of(at: tuple[int, ...] | None, depth: int) -> tuple[int, ...]:
+    """Blocks where tokens are dropped: a quarter, a half and three quarters of the depth by default.
+
+    Raises:
+        ValueError: there is no such block.
+    """
+    if at is None:  # fewer in models of fewer than three blocks
+        return tuple(sorted({depth * quarter // 4 for quarter in (1, 2, 3)}))
+    if any(not 0 <= stage < depth for stage in at) or list(at) != sorted(set(at)):
+        raise ValueError(f"tokens: at={list(at)} must be ascending blocks of 0 to {depth - 1}")
+    return at
+
+
+def share_of(patches: int, keep: float, times: int = 1) -> int:
+    """`ceil(keep ** times * patches)`, computed exactly; at least 1."""
+    numerator, denominator = exact_ratio(keep)  # a millionth is all but 0, which it gives
+    share: int = -(-(numerator**times) * patches // denominator**times)
+    return max(1, share)
+
+
+def check_at(at: Any) -> tuple[int, ...] | None:
+    """The blocks as a tuple; whether a model has them is seen when it is known.
+
+    Raises:
+        TypeError: they are no whole numbers.
+    """
+    if at is None:
+        return None
+    if not isinstance(at, Sequence) or any(
+        isinstance(each, bool) or not isinstance(each, int) for each in at
+    ):
+        raise TypeError(f"tokens: at must be the blocks where tokens are dropped, as [3, 6, 9]; got {at!r}")
+    return tuple(at)
+
+
+def check_keep(keep: Any) -> None:
+    """Rejects shares of tokens that are none.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it lies outside (0, 1].
+    """
+    if isinstance(keep, bool) or not isinstance(keep, Real):
+        raise TypeError(f"tokens: keep must be a number in (0, 1], got {keep!r}")
+    if not 0 < float(keep) <= 1:
+        raise ValueError(f"tokens: keep must lie in (0, 1], the share of patches that stay; got {keep!r}")

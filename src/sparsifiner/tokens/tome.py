@@ -1,0 +1,105 @@
+"""ToMe: merges the pairs of tokens that are most alike."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsifiner.ops.precision import accumulation_dtype, without_autocast
+from sparsifiner.tokens.method import Counts, TokenMethod, TokenReducer
+from sparsifiner.tokens.state import TokenState, take_tokens
+
+
+@dataclass(frozen=True)
+class ToMe(TokenMethod):
+    """Merges pairs of patches between attention and MLP of every block, by the likeness of their keys.
+
+    A merged token is the mean of its patches and counts as many times in the softmax. It stays where the
+    second of the pair was. Needs no training.
+
+    Attributes:
+        r: pairs that are merged in each block; at most half of the patches that are left.
+
+    Source:
+        Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023.
+    """
+
+    r: int = 8
+
+    def __post_init__(self) -> None:
+        """Rejects impossible numbers."""
+        if isinstance(self.r, bool) or not isinstance(self.r, int):
+            raise TypeError(f"tokens: r must be a whole number of pairs per block, got {self.r!r}")
+        if self.r < 1:
+            raise ValueError(f"tokens: r must be at least 1, got {self.r}; leave tokens out to merge none")
+
+    def reducer(self, layer: int, depth: int, width: int, patches: int) -> TokenReducer | None:
+        """See `TokenMethod.reducer`."""
+        return MergingReducer(self.r)
+
+    def counts(self, depth: int, patches: int, prefix: int) -> list[Counts]:
+        """See `TokenMethod.counts`."""
+        counts = []
+        for _ in range(depth):
+            merged = min(self.r, patches // 2)
+            counts.append(Counts(prefix + patches, prefix + patches - merged, gone=merged))
+            patches -= merged
+        return counts
+
+
+class MergingReducer(TokenReducer):
+    """Merges pairs of patches.
+
+    Every second patch looks for the one most like it among the others; the most alike pairs are merged.
+
+    Args:
+        r: number of pairs.
+    """
+
+    def __init__(self, r: int) -> None:
+        super().__init__()
+        self.r = r
+
+    def after_attention(
+        self, x: Tensor, q: Tensor, k: Tensor, scale: float, state: TokenState
+    ) -> tuple[Tensor, TokenState]:
+        """See `TokenReducer.after_attention`."""
+        B, N, _ = x.shape
+        prefix, patches = state.prefix, state.layout.patches
+        r = min(self.r, patches // 2)
+        if not r:
+            return x, state
+        sizes = x.new_ones(B, N, dtype=torch.float32) if state.sizes is None else state.sizes
+        # likeness is compared in fp32 or better, whatever autocast says
+        with torch.no_grad(), without_autocast(k.device):
+            key = F.normalize(k[:, :, prefix:].to(accumulation_dtype(k.dtype)).mean(1), dim=-1)  # [B, n, d]
+            likeness = key[:, ::2] @ key[:, 1::2].mT
+            best, partner = likeness.max(-1)  # of every second patch
+            order = best.argsort(dim=1, descending=True, stable=True)
+            merged, alone = order[:, :r], order[:, r:]
+            target = partner.gather(1, merged)
+        patch, size = x[:, prefix:], sizes[:, prefix:, None]
+        weighted = patch * size.to(x.dtype)
+        source, other = weighted[:, ::2], weighted[:, 1::2]
+        total = size[:, 1::2].scatter_add(1, target[:, :, None], take_tokens(size[:, ::2], merged))
+        other = other.scatter_add(
+            1, target[:, :, None].expand(-1, -1, x.shape[-1]), take_tokens(source, merged)
+        )
+        left = torch.cat([alone * 2, torch.arange(1, patches, 2, device=x.device).expand(B, -1)], 1)
+        sums = torch.cat([take_tokens(source, alone), other], 1)
+        size = torch.cat([take_tokens(size[:, ::2], alone), total], 1)
+        order = state.curve_order(left)
+        sums, size = take_tokens(sums, order), take_tokens(size, order)
+        sizes = torch.cat([sizes[:, :prefix], size.squeeze(-1)], 1)
+        x = torch.cat([x[:, :prefix], sums / size.to(x.dtype)], 1)
+        return x, state.keep(left.gather(1, order), sizes=sizes)
+
+    def macs(self, counts: Counts, prefix: int, width: int, head_dim: int) -> int:
+        """See `TokenReducer.macs`: keys of half the patches times those of the other half."""
+        patches = counts.attention - prefix
+        return patches // 2 * (patches - patches // 2) * head_dim
+
+    def extra_repr(self) -> str:
+        """Number of pairs."""
+        return f"r={self.r}"

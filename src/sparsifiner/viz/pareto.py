@@ -1,0 +1,76 @@
+"""Top-1 against what it costs, method by method."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsifiner.compare.table import COSTS, cost_of, front_of, merge_seeds
+from sparsifiner.files import write_aside
+
+_OURS_COLOUR = "#2e86de"
+_PANEL = (4.6, 3.8)  # inches
+
+
+def write_pareto(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Draws one panel per cost: a line per method, error bars from the bootstrap, the front as a step.
+
+    Ours are blue and bold, each with a mark of its own; untrained points are open, bounds are dotted.
+
+    Args:
+        file: an SVG; it is replaced.
+        rows: of a comparison.
+    """
+    # matplotlib takes a second to import
+    from matplotlib import colormaps  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    merged = merge_seeds(rows)
+    costs = [cost for cost in COSTS if any(cost_of(row, cost) is not None for row in merged)]
+    figure = Figure(figsize=(_PANEL[0] * len(costs), _PANEL[1] + 1.2), layout="constrained")
+    panels = figure.subplots(1, len(costs), squeeze=False)[0]
+    lines: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for row in merged:
+        lines.setdefault((row["method"], row["trained"]), []).append(row)
+    peers = sorted({row["method"] for row in merged if not row["ours"]})
+    ours_marks = dict(zip(sorted({row["method"] for row in merged if row["ours"]}), "D^vPX*", strict=False))
+    colours = [colormaps["tab20"](index) for index in range(2, 20)]  # the first two are blue
+    for axes, cost in zip(panels, costs, strict=True):
+        for (method, trained), line in lines.items():
+            priced = [(value, row) for row in line if (value := cost_of(row, cost)) is not None]
+            points = sorted(priced, key=lambda point: point[0])
+            if not points:
+                continue
+            ours = line[0]["ours"]
+            colour = _OURS_COLOUR if ours else colours[peers.index(method) % len(colours)]
+            error = [
+                [row["difference"] - row["low"] if row.get("low") is not None else 0.0 for _, row in points],
+                [row["high"] - row["difference"] if row.get("low") is not None else 0.0 for _, row in points],
+            ]
+            axes.errorbar(
+                [value for value, _ in points],
+                [row["top1"] for _, row in points],
+                error,
+                fmt=ours_marks.get(method, "o") + (":" if line[0]["is_bound"] else "-" if trained else "--"),
+                color=colour,
+                linewidth=2 if ours else 1,
+                markerfacecolor=colour if trained else "none",
+                elinewidth=0.7,
+                label=method + ("" if trained else ", untrained"),
+            )
+        front = sorted(front_of(merged, cost), key=lambda index: cost_of(merged[index], cost) or 0.0)
+        axes.step(
+            [cost_of(merged[index], cost) for index in front],
+            [merged[index]["top1"] for index in front],
+            where="post",
+            color="#999999",
+            linewidth=5,
+            alpha=0.35,
+            label="front",
+        )
+        axes.set_xlabel(COSTS[cost][0])
+        axes.set_ylabel("top-1, %")
+        axes.grid(alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=7)
+    # without a date the same rows give the same file
+    write_aside(file, lambda aside: figure.savefig(aside, format="svg", metadata={"Date": None}))
