@@ -21,6 +21,7 @@ from sparsifiner.cli.bench import format_table
 from sparsifiner.config import SparsifyConfig, make_config
 from sparsifiner.measure.bench_model import ModelBenchmark, benchmark_model
 from sparsifiner.measure.bench_ops import OpsBenchmark, benchmark_operations
+from sparsifiner.tokens import EViT
 
 Work = OpsBenchmark | tuple[ModelBenchmark, SparsifyConfig]
 
@@ -45,6 +46,8 @@ LARGE = replace(MODEL, img_size=1024, runs=7, warmup=1, compile=False)
 TILED = make_config("fast", keep=0.1, tile=8, summary=8, scorer="pooled", profile="even", backend="cpu")
 FAST = make_config("fast", keep=0.1, backend="cpu")
 PAPER = make_config("paper", keep=0.1, backend="cpu")
+EVIT = make_config("fast", keep=1.0, tokens=EViT(keep=0.5), backend="cpu")
+FAST_EVIT = replace(EVIT, keep=0.25)
 
 GPU_TILES = OpsBenchmark(
     grid=[32, 64, 128], batch_size=[32, 8, 2], keep=[0.1, 0.1, 0.05], backend="triton", device="cuda"
@@ -54,6 +57,7 @@ GPU_PER_QUERY = replace(
     GPU_TILES, grid=[16, 24, 32], batch_size=[128, 64, 32], prefix=1, tile=1, summary="none", scorer="lowrank"
 )
 GPU_MODEL = ModelBenchmark(img_size=1024, batch_size=8, device="cuda", latency=False)
+GPU_SMALLER = replace(GPU_MODEL, img_size=[224, 512, 1024], batch_size=[128, 32, 8])
 GPU_LARGE = replace(GPU_MODEL, img_size=2048, batch_size=2)
 GPU_TILED = replace(TILED, backend="triton")
 GPU_SPARSER = replace(GPU_TILED, keep=0.05)
@@ -71,6 +75,10 @@ TABLES: dict[str, dict[str, Work]] = {
         "DeiT-S, tiles, 1024 px": (LARGE, TILED),
         "DeiT-S, preset fast": (MODEL, FAST),
         "DeiT-S, preset fast, 1024 px": (LARGE, FAST),
+        "DeiT-S, EViT": (MODEL, EVIT),
+        "DeiT-S, EViT, 1024 px": (LARGE, EVIT),
+        "DeiT-S, EViT, preset fast": (MODEL, FAST_EVIT),
+        "DeiT-S, EViT, preset fast, 1024 px": (LARGE, FAST_EVIT),
         "DeiT-S, per query": (MODEL, PAPER),
         "DeiT-S, per query, 1024 px": (LARGE, PAPER),
     },
@@ -85,6 +93,8 @@ TABLES: dict[str, dict[str, Work]] = {
         "DeiT-S, tiles, 2048 px": (GPU_LARGE, GPU_SPARSER),
         "DeiT-S, preset fast": (GPU_MODEL, replace(FAST, backend="triton")),
         "DeiT-S, preset fast, 2048 px": (GPU_LARGE, replace(FAST, keep=0.05, backend="triton")),
+        "DeiT-S, EViT": (GPU_SMALLER, replace(EVIT, backend="triton")),
+        "DeiT-S, EViT, preset fast": (GPU_SMALLER, replace(FAST_EVIT, backend="triton")),
         "DeiT-S, tiles, training": (replace(GPU_MODEL, train=True), GPU_TILED),
         "DeiT-S, tiles, lists for two layers": (GPU_MODEL, replace(GPU_TILED, share=2)),
         "DeiT-S, tiles, 2048 px, lists for two layers": (GPU_LARGE, replace(GPU_SPARSER, share=2)),

@@ -129,7 +129,7 @@ def measure(
         else None,
         "mask_recall": mask_recall(sparse, batches[:RECALL_BATCHES], device=device),
         "dtype": "fp32",
-        **asdict(accuracy),
+        **accuracy.to_dict(),
         **provenance(device),
     }
 
