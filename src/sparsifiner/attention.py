@@ -134,6 +134,8 @@ class SparseAttention(nn.Module):
         if spec is not None:
             if state.positions is not None:
                 spec = replace(spec, origin=Origin(state.whole, state.tokens_of_image(len(q), q.device)))
+            if state.policy is not None:
+                spec = replace(spec, present=state.policy > 0)
             connectivity = self.scorer(q, k, v, spec)
             if self.lists is not None:
                 self.lists.put(connectivity)

@@ -5,7 +5,6 @@ import functools
 import html
 import importlib.resources
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -20,7 +19,7 @@ from sparsifiner.data import evaluation_transform, make_loader, open_images
 from sparsifiner.measure.accuracy import evaluate
 from sparsifiner.measure.macs import count_macs
 from sparsifiner.measure.timing import Timing, time_in_turns
-from sparsifiner.patch import sparsify
+from sparsifiner.patch import sparsify, without_warnings
 from sparsifiner.trace import trace
 from sparsifiner.training import Recipe, Stage, train
 from sparsifiner.viz.figures import key_list_svg
@@ -107,8 +106,7 @@ def run_demo(output: Path, seed: int = 0) -> list[DemoRow]:
         f"2/4  the paper's two stages at keep {_PAPER_KEEP}: the scorer learns the dense attention, then the"
     )
     print("     network learns to do with what the scorer chooses")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the low-rank scorer is untrained")
+    with without_warnings():
         paper = sparsify(copy.deepcopy(model), preset="paper", keep=_PAPER_KEEP)
     learn(paper, _RECONSTRUCT)
     candidates[f"paper, keep {_PAPER_KEEP}: stage 1"] = copy.deepcopy(paper)

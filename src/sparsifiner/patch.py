@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from timm.layers import Attention
@@ -16,6 +17,7 @@ from sparsifiner.scorers import BorrowingScorer, LowRankScorer, Scorer, SharedLi
 from sparsifiner.tokens.blocks import TokenBlock, TokenBlocks
 
 _logger = logging.getLogger(__name__)
+
 
 # fields that shape a scorer: with these equal, calling sparsify again keeps the scorer and its weights
 _SHAPING_FIELDS = ("scorer", "basis", "reduced_dim", "share")
@@ -101,6 +103,21 @@ def sparsify(
             config.min_tokens,
         )
     return cast("nn.Module", model)
+
+
+@contextmanager
+def without_warnings(*, scorer: bool = True, predictor: bool = True) -> Iterator[None]:
+    """Does not warn of parts that choose by chance until they are trained: they are about to be.
+
+    Args:
+        scorer: low-rank scorers.
+        predictor: DynamicViT's predictors.
+    """
+    with warnings.catch_warnings():
+        for name, known in (("low-rank scorer", scorer), ("token predictor", predictor)):
+            if known:
+                warnings.filterwarnings("ignore", f"the {name} is untrained")
+        yield
 
 
 def desparsify(model: nn.Module) -> nn.Module:
@@ -193,6 +210,11 @@ def _arrange_blocks(model: VisionTransformer, config: SparsifyConfig, native: To
         assert isinstance(block, Block | ResPostBlock)
         blocks.append(TokenBlock(block, reducer))
     model.blocks = TokenBlocks(model.blocks, blocks, config.tokens)
+    if any(True for block in blocks if block.reducer is not None for _ in block.reducer.parameters()):
+        warnings.warn(
+            "the token predictor is untrained and drops tokens by chance: load trained weights, or train it",
+            stacklevel=3,
+        )
 
 
 def _resolve_config(

@@ -13,7 +13,7 @@ from sparsifiner.tokens.method import share_of
 from tests.measure.test_macs import flops
 from tests.models import make_images, make_model
 
-untrained = pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
+pytestmark = pytest.mark.filterwarnings("ignore:the (low-rank scorer|token predictor) is untrained")
 
 BEFORE, AFTER = "before attention", "after attention"
 
@@ -139,7 +139,6 @@ def paper_mmacs(model, keep, tokens):
     return report["paper"]["mhsa"] / 1e6
 
 
-@untrained
 @pytest.mark.parametrize(
     ("name", "tokens", "keep", "mmacs", "tolerance"),
     [
@@ -164,14 +163,12 @@ def test_mhsa_of_the_papers_table_b(models, name, tokens, keep, mmacs, tolerance
     assert paper_mmacs(models[name], keep, tokens) == pytest.approx(mmacs, abs=tolerance)
 
 
-@untrained
 def test_a_fused_token_costs_what_it_costs(models):
     model = models["deit_small_patch16_224"]
     tokens = repeated((4, 3, 3, 2), (197, 140, 99, 70))
     assert paper_mmacs(model, 1.0, EViT(0.7)) == pytest.approx(768e-6 * sum(n * n for n in tokens))
 
 
-@untrained
 def test_report_names_tokens_and_what_choosing_them_costs(models):
     model = models["deit_small_patch16_224"]
     dense = sparsifiner.count_macs(model, (3, 224, 224)).to_dict()
@@ -218,7 +215,6 @@ def test_totals_of_dense_attention_equal_torch_flop_counter(name, method):
     assert flops(model, make_images(96, batch=1)) == 2 * (report.to_dict()["sparse"]["total"] + extra)
 
 
-@untrained
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "options",

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import warnings
 
 import pytest
 import timm
@@ -22,7 +23,7 @@ from sparsifiner.tokens.blocks import TokenBlocks
 from sparsifiner.training.calibration import calibrate
 from tests.models import SMALL, make_images, make_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
+pytestmark = pytest.mark.filterwarnings("ignore:the (low-rank scorer|token predictor) is untrained")
 
 METHODS = {
     "evit": EViT(0.7),
@@ -467,3 +468,12 @@ def test_a_refused_method_leaves_no_hook_behind():
     with pytest.raises(ValueError, match="must be ascending"):
         sparsifiner.sparsify(model, tokens=EViT(at=[9]))
     assert not model.patch_embed._forward_hooks
+
+
+def test_an_untrained_predictor_is_said():
+    with pytest.warns(UserWarning, match="the token predictor is untrained"):
+        model = sparsifiner.sparsify(make_model("deit"), keep=1.0, tokens=DynamicViT(0.7))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sparsifiner.sparsify(model, keep=0.5)  # it stays, and so does what it learned
+        sparsifiner.sparsify(make_model("deit"), keep=1.0, tokens=EViT(0.7))

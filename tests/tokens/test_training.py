@@ -18,7 +18,7 @@ from sparsifiner.training.recipe import STAGE_KINDS
 from sparsifiner.training.stages import Student, Teacher, compute_losses, same_backbone, total_loss
 from tests.models import make_images, make_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
+pytestmark = pytest.mark.filterwarnings("ignore:the (low-rank scorer|token predictor) is untrained")
 
 SIZE = (80, 112)  # 5 x 7 patches of 16
 METHODS = {
@@ -179,9 +179,16 @@ def test_ratio_loss_teaches_the_share():
 
 
 @torch.no_grad()
-def test_what_masking_trains_is_what_gathering_computes():
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"keep": 0.3, "tile": 1, "scorer": "pooled", "profile": "even"}],
+    ids=["all keys", "lists of the keys that stay"],
+)
+def test_what_masking_trains_is_what_gathering_computes(options):
     """With the patches that inference keeps as the policy, training gives the same class token."""
     model, images = make_sparse(DynamicViT(0.6)), make_images(SIZE)
+    if options:
+        sparsifiner.sparsify(model, summary=None, backend="torch", **options)
     with token_states(model) as states:
         expected = model(images)
     for block, state in zip(model.blocks, states, strict=True):

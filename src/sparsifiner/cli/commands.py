@@ -29,7 +29,7 @@ from sparsifiner.measure.machine import describe_machine
 from sparsifiner.measure.macs import count_macs
 from sparsifiner.measure.recall import mask_recall as measure_recall
 from sparsifiner.models.loading import load_model, load_weights
-from sparsifiner.patch import desparsify, why_not
+from sparsifiner.patch import desparsify, why_not, without_warnings
 from sparsifiner.training import Recipe, describe_plan, rehearse
 from sparsifiner.training import train as train_model
 from sparsifiner.training.data import seed_generators
@@ -177,8 +177,7 @@ def train(
         arguments.setdefault("num_classes", images.num_classes)
     seed_generators(recipe.seed)
     teacher = None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the low-rank scorer is untrained")
+    with without_warnings():
         built = load_model(
             model.model,
             config=config,

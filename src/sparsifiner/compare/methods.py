@@ -1,6 +1,5 @@
 """The methods that are compared, behind one interface: a dense model becomes a cheaper one."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,7 +7,7 @@ from typing import Any, Literal
 from timm.models.vision_transformer import VisionTransformer
 
 from sparsifiner.models.linformer import linformer
-from sparsifiner.patch import sparsify
+from sparsifiner.patch import sparsify, without_warnings
 from sparsifiner.tokens import DynamicViT, EViT, ToMe
 
 
@@ -81,8 +80,7 @@ def _lists(**options: Any) -> Build:
             chosen["pool"] = geometry.pool
         if budget.token_keep is not None:
             chosen["tokens"] = EViT(keep=budget.token_keep)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "the low-rank scorer is untrained")
+        with without_warnings():
             sparsify(model, keep=1.0 if budget.keep is None else budget.keep, **chosen)
         return model
 
@@ -94,7 +92,8 @@ def _tokens(make: Callable[[float, VisionTransformer], Any]) -> Build:
 
     def build(model: VisionTransformer, budget: Budget, geometry: Geometry) -> VisionTransformer:
         assert budget.token_keep is not None
-        sparsify(model, keep=1.0, summary=None, tokens=make(budget.token_keep, model))
+        with without_warnings():
+            sparsify(model, keep=1.0, summary=None, tokens=make(budget.token_keep, model))
         return model
 
     return build

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,7 +23,7 @@ from sparsifiner.measure.records import Row, command_of, provenance
 from sparsifiner.measure.settings import DTYPES, Precision, check_settings, cpu_threads, one_for_each
 from sparsifiner.models.loading import load_model
 from sparsifiner.ops.backend import resolve_backend
-from sparsifiner.patch import sparse_layers, sparsify
+from sparsifiner.patch import sparse_layers, sparsify, without_warnings
 
 THROUGHPUT, LATENCY, TRAINING = "throughput", "latency", "training step"
 DENSE, SPARSE = "dense", "sparse"
@@ -124,9 +123,8 @@ def make_pair(settings: ModelBenchmark, config: SparsifyConfig, size: int) -> di
     Raises:
         ValueError: the model, its size or the configuration do not fit.
     """
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), without_warnings():
         torch.manual_seed(settings.seed)
-        warnings.filterwarnings("ignore", "the low-rank scorer is untrained")
         dense = load_model(settings.model, img_size=size, model_args=settings.model_args)
         if any(isinstance(module, SparseAttention) for module in dense.modules()):
             name = settings.model.removeprefix("sparsifiner_")

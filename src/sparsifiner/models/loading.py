@@ -2,7 +2,6 @@
 
 import difflib
 import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from sparsifiner.attention import SparseAttention
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.models.adapter import is_predictor, is_scorer, read_adapter_config
-from sparsifiner.patch import desparsify, sparsify
+from sparsifiner.patch import desparsify, sparsify, without_warnings
 
 _SHOWN_KEYS = 3
 
@@ -71,9 +70,9 @@ def load_model(
         raise ValueError(f"model_args={arguments} do not fit {name}: {reason}") from error
     _check_image_size(model, name)
     if config is not None:
-        with warnings.catch_warnings():
-            if scorers is not None or (state is not None and _holds_scorer(state)):
-                warnings.filterwarnings("ignore", "the low-rank scorer is untrained")
+        scorer = scorers is not None or (state is not None and _holds_scorer(state))
+        predictor = state is not None and any(is_predictor(key) for key in state)
+        with without_warnings(scorer=scorer, predictor=predictor):
             sparsify(model, config)
     if state is not None:
         if resample:
@@ -148,9 +147,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     changed = [model, *sparse] if sparse else []  # the model for its blocks, which may drop tokens
     before = [(module, dict(module.__dict__), dict(module._modules)) for module in changed]
     try:
-        with warnings.catch_warnings():
-            # its weights are about to come
-            warnings.filterwarnings("ignore", "the low-rank scorer is untrained")
+        with without_warnings(predictor=False):  # the scorer's weights are about to come
             sparsify(model, config)
         backbone = {key: value for key, value in model.state_dict().items() if not is_scorer(key)}
         _load_checked(model, {**backbone, **scorers}, f"path={str(path)!r}")

@@ -48,6 +48,7 @@ class ListSpec:
         summary: side of the windows whose means stand for the keys that a list lacks, None for none.
         runs: tokens lie in a line, and tile and windows are runs of a square number of them.
         origin: where the tokens come from, None if all of the image are there.
+        present: bool [B, N], tokens that may be listed; None for all.
     """
 
     layout: TokenLayout
@@ -59,6 +60,7 @@ class ListSpec:
     summary: int | None = None
     runs: bool = False
     origin: Origin | None = None
+    present: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -150,13 +152,15 @@ class Scorer(nn.Module):
         chunk = max(1, chunk_elements // max(1, B * H * self.elements_per_row(spec)))
         # scores are compared in fp32, so autocast must not round them
         with without_autocast(q.device):
-            if self.FUSED_OP:
+            if self.FUSED_OP and spec.present is None:
                 chosen = resolve_backend(spec.backend, self.FUSED_OP, q.device)
                 fused = self.fused_lists(q, k, v, spec, chosen) if chosen in {"triton", "cpu"} else None
                 if fused is not None:
                     return Connectivity(fused, spec.layout.grid, spec.tile, spec.layout.prefix)
             own = spec.layout.square_tokens(spec.tile, q.device)
             scores = self.row_scores(q, k, v, spec)
+            if spec.present is not None:
+                scores = _only(scores, spec.present)
             lists = [
                 select_topk(
                     scores(start, min(start + chunk, spec.rows)),
@@ -169,3 +173,8 @@ class Scorer(nn.Module):
             ]
         indices = torch.cat(lists, 2).expand(B, H, -1, -1)
         return Connectivity(indices, spec.layout.grid, spec.tile, spec.layout.prefix)
+
+
+def _only(scores: RowScores, present: Tensor) -> RowScores:
+    """Scores in which keys that are not present [B, N] come last."""
+    return lambda start, stop: scores(start, stop).masked_fill(~present[:, None, None], -torch.inf)
