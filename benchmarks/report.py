@@ -47,6 +47,7 @@ TRAINING_IMAGES = {
     "digits": 1437,
     "tiny_imagenet": 100_000,
     "tiny_imagenet_fast": 100_000,
+    "scorer": 100_000,
     "cifar10": 50_000,
 }
 GROUPS = {
@@ -215,11 +216,12 @@ same device as it says. Seed 0 unless it says another, last weights, all validat
                 f"{minutes_of(row):.0f}",
                 f"`{row['command']}`",
             ])  # fmt: skip
+        to = "control" if any(row["keep"] is None for row in own) else "teacher"
         header = [
             "keep",
             "before",
             "after",
-            "to the control",
+            f"to the {to}",
             "agreement with the teacher",
             "key visits",
             "recall",

@@ -152,6 +152,10 @@ def measure(
     name += f"_{variant}".replace(" ", "_") if variant else ""
     output = options.runs / f"{options.suite}_{name}_{seed}"
     more = ["--seed", seed, *shlex.split(options.options)]
+    control = options.runs / f"{options.suite}_control_{seed}"
+    compared = options.suite != "scorer"  # whose backbones are the teacher's
+    if compared and keep is not None and not finished(control):
+        raise SystemExit(f"{control} has not finished; train the row control of seed {seed} first")
     records, command = train(config, output, data, "--weights", teacher, *sparsity, *more)
     settings = yaml.safe_load((output / "config.yaml").read_text())
     # the evaluation runs in fp32
@@ -159,10 +163,7 @@ def measure(
     last = output / "last.safetensors"
     to_teacher = evaluate(config, last, data, *given, "--dense-weights", teacher)
     to_control = None
-    if options.suite != "scorer":  # whose backbones are the teacher's
-        control = options.runs / f"{options.suite}_control_{seed}"
-        if not finished(control):
-            raise SystemExit(f"{control} has not finished; train the row control of seed {seed} first")
+    if compared:
         weights = control / "last.safetensors"
         to_control = evaluate(config, last, data, *given, "--dense-weights", weights)["against_dense"]
     validations = [record for record in records if record["kind"] == "validation"]
@@ -234,8 +235,10 @@ def main() -> None:
     default_rows = keeps if ablates else ("control", *keeps)
     rows = [None if row == "control" else float(row) for row in options.rows or default_rows]
     for seed, keep, variant in itertools.product(options.seeds, rows, variants):
+        if keep is None and variant != variants[0]:  # all designs have one control
+            continue
         sparsity = dense if keep is None else ["--keep", keep, *designs[variant]]
-        row = measure(options, teacher, data, keep, variant, seed, sparsity)
+        row = measure(options, teacher, data, keep, None if keep is None else variant, seed, sparsity)
         append_rows(options.output, [row])
         to = "teacher" if row["against_control"] is None else "control"
         difference = row[f"against_{to}"]

@@ -130,26 +130,26 @@ class SparseAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: TokenState) -> Tensor:
         """Attention of q, k, v [B, H, N, d] to the keys that the scorer lists."""
         spec = self.list_spec(state.layout, None if state.positions is None else state.whole)
+        sized = (q, k, v)
+        if state.sizes is not None:
+            sized = weigh_by_size(q, k, v, state.sizes, self.scale)
         connectivity = None
         if spec is not None:
             if state.positions is not None:
                 spec = replace(spec, origin=Origin(state.whole, state.tokens_of_image(len(q), q.device)))
             if state.policy is not None:
                 spec = replace(spec, present=state.policy > 0)
-            connectivity = self.scorer(q, k, v, spec)
+            connectivity = self.scorer(*(sized if self.scorer.TAKES_SIZES else (q, k, v)), spec)
             if self.lists is not None:
                 self.lists.put(connectivity)
+        summary = None if spec is None else spec.summary
         if state.policy is not None:
-            summary = None if spec is None else spec.summary
             return attend_with_policy(q, k, v, state.policy, self.scale, connectivity, summary)
-        head_dim = q.shape[-1]
-        if state.sizes is not None:
-            q, k, v = weigh_by_size(q, k, v, state.sizes, self.scale)
-        if spec is None or connectivity is None:
-            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        if connectivity is None:
+            out = F.scaled_dot_product_attention(*sized, scale=self.scale)
         else:
-            out = sparse_attention(q, k, v, connectivity, spec.summary, self.scale, self.backend)
-        return out[..., :head_dim]
+            out = sparse_attention(*sized, connectivity, summary, self.scale, self.backend)
+        return out[..., : q.shape[-1]]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, N, C] to q, k, v [B, H, N, d], q and k normalised where the model does so."""

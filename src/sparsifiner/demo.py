@@ -19,7 +19,7 @@ from sparsifiner.data import evaluation_transform, make_loader, open_images
 from sparsifiner.measure.accuracy import evaluate
 from sparsifiner.measure.macs import count_macs
 from sparsifiner.measure.timing import Timing, time_in_turns
-from sparsifiner.patch import sparsify, without_warnings
+from sparsifiner.patch import about_to_train, sparsify
 from sparsifiner.trace import trace
 from sparsifiner.training import Recipe, Stage, train
 from sparsifiner.viz.figures import key_list_svg
@@ -106,7 +106,7 @@ def run_demo(output: Path, seed: int = 0) -> list[DemoRow]:
         f"2/4  the paper's two stages at keep {_PAPER_KEEP}: the scorer learns the dense attention, then the"
     )
     print("     network learns to do with what the scorer chooses")
-    with without_warnings():
+    with about_to_train():
         paper = sparsify(copy.deepcopy(model), preset="paper", keep=_PAPER_KEEP)
     learn(paper, _RECONSTRUCT)
     candidates[f"paper, keep {_PAPER_KEEP}: stage 1"] = copy.deepcopy(paper)

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from sparsifiner.attention import CurrentGrid, SparseAttention
 from sparsifiner.config import SparsifyConfig, change_config, make_config
@@ -106,7 +106,7 @@ def sparsify(
 
 
 @contextmanager
-def without_warnings(*, scorer: bool = True, predictor: bool = True) -> Iterator[None]:
+def about_to_train(*, scorer: bool = True, predictor: bool = True) -> Iterator[None]:
     """Does not warn of parts that choose by chance until they are trained: they are about to be.
 
     Args:
@@ -186,31 +186,52 @@ def sparse_layers(model: nn.Module) -> list[SparseAttention]:
 def _check_tokens(model: VisionTransformer, config: SparsifyConfig) -> None:
     if config.tokens is None:
         return
-    reason = config.tokens.why_not(model.num_prefix_tokens)
+    reason = config.tokens.why_not(bool(model.has_class_token))
     if reason:
         raise ValueError(f"tokens: {reason}")
+    hooked = [
+        index
+        for index, block in enumerate(model.blocks)
+        if not isinstance(block, TokenBlock) and (block._forward_hooks or block._forward_pre_hooks)
+    ]
+    if hooked:
+        raise ValueError(
+            f"tokens: blocks {hooked} have forward hooks, which blocks that drop tokens would not call; "
+            "remove them, and hook their attn or mlp"
+        )
     config.tokens.counts(len(model.blocks), 1, model.num_prefix_tokens)  # names blocks that are not there
 
 
 def _arrange_blocks(model: VisionTransformer, config: SparsifyConfig, native: TokenLayout) -> None:
     """Gives the model blocks that drop tokens as configured, or those that it came with."""
+    learned: dict[int, dict[str, Tensor]] = {}
     if isinstance(model.blocks, TokenBlocks):
         if model.blocks.method == config.tokens:
             return
+        learned = {
+            index: block.reducer.state_dict()
+            for index, block in enumerate(model.blocks)
+            if isinstance(block, TokenBlock) and block.reducer is not None
+        }
         model.blocks = model.blocks.dense_blocks()
     if config.tokens is None:
         return
     blocks, layers = [], sparse_layers(model)
-    depth = len(layers)
+    depth, untrained = len(layers), False
     for index, block in enumerate(model.blocks):
         reducer = config.tokens.reducer(index, depth, model.embed_dim, native.patches)
         if reducer is not None:
             weight = layers[index].qkv.weight
             reducer = reducer.to(device=weight.device, dtype=weight.dtype).train(block.training)
+            before, own = learned.get(index, {}), reducer.state_dict()
+            if {name: each.shape for name, each in before.items()} == {n: e.shape for n, e in own.items()}:
+                reducer.load_state_dict(before)
+            else:
+                untrained = True
         assert isinstance(block, Block | ResPostBlock)
         blocks.append(TokenBlock(block, reducer))
     model.blocks = TokenBlocks(model.blocks, blocks, config.tokens)
-    if any(True for block in blocks if block.reducer is not None for _ in block.reducer.parameters()):
+    if untrained:
         warnings.warn(
             "the token predictor is untrained and drops tokens by chance: load trained weights, or train it",
             stacklevel=3,

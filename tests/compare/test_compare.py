@@ -3,6 +3,7 @@
 import copy
 import json
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -97,6 +98,17 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path):
     assert len(made) == 2
 
 
+def test_rows_of_other_settings_are_not_mixed(tmp_path):
+    run(tmp_path, methods=("dense",))
+    images = open_images("digits", "train", limit=64)
+    recipe = Recipe(stages=[Stage("distil", 1, lr=1e-3)], batch_size=32, workers=0, ema_decay=None)
+    comparison = Comparison(["dense"], keep=0.2, token_keep=0.6, tile=4, summary=2)
+    other = make_dense()
+    torch.nn.init.ones_(other.head.bias)
+    with pytest.raises(ValueError, match=r"another dense, validation_images, tile .*give another --output"):
+        compare(other, images, images, recipe, comparison, tmp_path, device="cpu")
+
+
 def test_methods_are_trained_equally_long_and_learn_from_the_dense_model(tmp_path):
     run(tmp_path)
     folders = sorted((tmp_path / "runs").iterdir())
@@ -149,14 +161,16 @@ def test_bits_come_back():
     [
         ({"methods": "swin"}, "methods: 'swin' is unknown"),
         ({"methods": []}, "methods is empty"),
-        ({"keep": [0.1, 0.2], "token_keep": 0.5}, "keep has 2 entries, but token_keep has 1"),
+        ({"keep": [0.1, 0.2], "token_keep": 0.5}, "keep has 2 entries, but token_keep has 1, and fast+evit"),
+        ({"keep": [0.1, 2.0]}, "keep must lie in (0, 1], got 2.0"),
+        ({"tile": 8, "pool": 3}, "tile=8, summary=8 and pool=3"),
         ({"seeds": []}, "seeds is empty"),
         ({"timed_on": "tpu"}, "timed_on='tpu' is unknown"),
         ({"timing_batch": 0}, "timing_batch must be at least 1"),
     ],
 )
 def test_impossible_comparisons_are_named(options, message):
-    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         Comparison(**options)
 
 

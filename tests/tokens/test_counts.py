@@ -195,8 +195,10 @@ METHODS = [
 
 def padded_channels(model, report):
     """Channels that carry the sizes of merged tokens come on top of the pairs that a method needs."""
-    wider = 16 / sparse_layers(model)[0].head_dim
-    return round(wider * sum(layer.attention for layer in report.layers if layer.tokens < report.tokens))
+    layer = sparse_layers(model)[0]
+    merged = [each for each in report.layers if each.tokens < report.tokens]
+    scored = sum(each.scorer for each in merged) if layer.scorer.TAKES_SIZES else 0
+    return round(16 / layer.head_dim * (sum(each.attention for each in merged) + scored))
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import nn
 
 import sparsifiner
 from sparsifiner import DynamicViT, EViT, SparsifyConfig, ToMe
+from sparsifiner.measure.recall import mask_recall
 from sparsifiner.models.adapter import config_to_dict, is_predictor, is_scorer
 from sparsifiner.models.features import token_states
 from sparsifiner.models.loading import load_model
@@ -42,7 +43,7 @@ NAMES = [
     *("deit", "deit distilled", "augreg", "dinov2 registers", "internvit dynamic", "qk norm", "gated"),
     *("average pooling", "post norm", "lv-vit", "map pooling, registers"),
 ]
-WITHOUT_CLASS_TOKEN = {"average pooling", "post norm"}
+WITHOUT_CLASS_TOKEN = {"average pooling", "post norm", "map pooling, registers"}
 
 
 def size_of(name):
@@ -477,3 +478,54 @@ def test_an_untrained_predictor_is_said():
         warnings.simplefilter("error")
         sparsifiner.sparsify(model, keep=0.5)  # it stays, and so does what it learned
         sparsifiner.sparsify(make_model("deit"), keep=1.0, tokens=EViT(0.7))
+
+
+def test_predictors_keep_what_they_learned_when_a_share_changes():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = sparsifiner.sparsify(make_model("deit"), keep=1.0, tokens=DynamicViT(0.7))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if is_predictor(name)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sparsifiner.sparsify(model, tokens=DynamicViT(0.5))
+    assert model.blocks[1].reducer.keep == 0.5
+    assert before
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+def test_adapters_do_not_lose_predictors(tmp_path):
+    model = sparsifiner.sparsify(make_model("deit"), keep=1.0, tokens=DynamicViT(0.7))
+    with pytest.raises(ValueError, match=r"save model\.state_dict\(\) instead"):
+        sparsifiner.save_adapter(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_registers_are_no_class_token():
+    model = timm.create_model("vit_medium_patch16_reg4_gap_256", img_size=64, depth=2)
+    with pytest.raises(ValueError, match="EViT needs a class token"):
+        sparsifiner.sparsify(model, tokens=EViT(0.5))
+    sparsifiner.sparsify(model, tokens=ToMe(4))
+
+
+def test_hooks_that_would_be_lost_are_named():
+    model = make_model("deit")
+    handle = model.blocks[1].register_forward_hook(lambda *args: None)
+    with pytest.raises(ValueError, match=r"blocks \[1\] have forward hooks"):
+        sparsifiner.sparsify(model, tokens=EViT(0.5))
+    handle.remove()
+    sparsifiner.sparsify(model, tokens=EViT(0.5))
+
+
+@torch.no_grad()
+def test_the_oracle_ranks_by_the_attention_that_counts_sizes():
+    model = sparsifiner.sparsify(
+        make_model("deit", depth=4), keep=0.1, tile=1, summary=None, scorer="oracle", profile="even",
+        tokens=ToMe(40), backend="torch",
+    )  # fmt: skip
+    images = make_images(224)
+    oracle = mask_recall(model, [(images, None)])
+    for other in ("pooled", "random"):  # at tile 1 pooled ranks each query's keys by the same logits
+        sparsifiner.sparsify(model, scorer=other)
+        recall = mask_recall(model, [(images, None)])
+        assert all(theirs <= best + 1e-6 for theirs, best in zip(recall, oracle, strict=True))
+    assert oracle[3] > 2 * recall[3]

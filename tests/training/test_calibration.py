@@ -16,7 +16,7 @@ from sparsifiner.cli import main
 from sparsifiner.config import make_config
 from sparsifiner.measure.recall import mask_recall
 from sparsifiner.models.adapter import is_scorer, scorer_weights
-from sparsifiner.models.loading import load_model
+from sparsifiner.models.loading import load_model, load_weights
 from sparsifiner.patch import sparse_layers
 from sparsifiner.training.calibration import calibrate, choose_budgets
 
@@ -197,6 +197,24 @@ class TestFit:
         assert all(parameter.grad is None for parameter in model.parameters())
         assert report.error < calibrate(unfitted, batches, fit_steps=0, progress=False).error
 
+    def test_a_fit_that_makes_it_worse_is_taken_back(self, monkeypatch):
+        with pytest.warns(UserWarning, match="untrained"):
+            model = make_sparse(preset="paper", basis=8, coef_topk=4)
+        batches = make_batches(8)
+        calibrate(model, batches, fit_steps=100, progress=False)
+        before = copy.deepcopy(scorer_weights(model))
+
+        def spoil(model, *args, **options):
+            for name, parameter in model.named_parameters():
+                if is_scorer(name):
+                    parameter.data.normal_()
+            return True
+
+        monkeypatch.setattr("sparsifiner.training.calibration.fit_scorers", spoil)
+        report = calibrate(model, batches, progress=False)
+        assert all(torch.equal(value, before[key]) for key, value in scorer_weights(model).items())
+        assert report.error <= report.error_before
+
     def test_no_steps_leave_the_scorers_as_they_are(self):
         with pytest.warns(UserWarning, match="untrained"):
             model = make_sparse(preset="paper", basis=8, coef_topk=4)
@@ -272,6 +290,15 @@ class TestResampling:
         expected = resample_abs_pos_embed(make_dense().pos_embed, [12, 12], num_prefix_tokens=1)
         assert torch.equal(model.pos_embed, expected)
         assert torch.equal(model.blocks[2].mlp.fc1.weight, make_dense().blocks[2].mlp.fc1.weight)
+
+    def test_a_twin_s_weights_are_fitted_too(self, tmp_path):
+        save_file(make_dense().state_dict(), tmp_path / "dense.safetensors")
+        model = timm.create_model("deit_tiny_patch16_224", **{**SMALL, "img_size": 64})
+        with pytest.raises(ValueError, match="give --resample"):
+            load_weights(model, tmp_path / "dense.safetensors")
+        load_weights(model, tmp_path / "dense.safetensors", resample=True)
+        expected = resample_abs_pos_embed(make_dense().pos_embed, [16, 16], num_prefix_tokens=1)
+        assert torch.equal(model.pos_embed, expected)
 
     def test_what_does_not_belong_is_still_named(self, tmp_path):
         save_file({**make_dense().state_dict(), "alien": torch.ones(1)}, tmp_path / "strange.safetensors")

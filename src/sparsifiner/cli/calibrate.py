@@ -9,7 +9,7 @@ from sparsifiner.cli.options import ImageOptions, ModelOptions, SparsityOptions,
 from sparsifiner.data import make_loader, open_images
 from sparsifiner.device import choose_device
 from sparsifiner.models.adapter import check_new, save_adapter
-from sparsifiner.patch import without_warnings
+from sparsifiner.patch import about_to_train
 from sparsifiner.training.calibration import Calibration
 from sparsifiner.training.calibration import calibrate as calibrate_model
 from sparsifiner.viz.calibration import write_calibration
@@ -59,7 +59,7 @@ def calibrate(
     check_new(output)
     chosen = choose_device(device)
     images = open_images(data, split, limit=limit)
-    with without_warnings():  # the scorer is about to learn
+    with about_to_train(scorer=fit_steps > 0):
         built = build_model(model, weights, config, images.num_classes).to(chosen)
     loader = make_loader(images, preparation.transform(built), batch_size, workers=workers)
     start = time.perf_counter()

@@ -29,7 +29,7 @@ from sparsifiner.measure.machine import describe_machine
 from sparsifiner.measure.macs import count_macs
 from sparsifiner.measure.recall import mask_recall as measure_recall
 from sparsifiner.models.loading import load_model, load_weights
-from sparsifiner.patch import desparsify, why_not, without_warnings
+from sparsifiner.patch import about_to_train, desparsify, why_not
 from sparsifiner.training import Recipe, describe_plan, rehearse
 from sparsifiner.training import train as train_model
 from sparsifiner.training.data import seed_generators
@@ -115,7 +115,7 @@ def evaluate(
     built.to(chosen)
     dense = desparsify(copy.deepcopy(built)) if against_dense or dense_weights else None
     if dense is not None and dense_weights is not None:
-        load_weights(dense, dense_weights)
+        load_weights(dense, dense_weights, resample=weights.resample)
     batches = make_loader(images, preparation.transform(built), batch_size, workers=workers)
     accuracy = evaluate_accuracy(
         built,
@@ -177,7 +177,7 @@ def train(
         arguments.setdefault("num_classes", images.num_classes)
     seed_generators(recipe.seed)
     teacher = None
-    with without_warnings():
+    with about_to_train():
         built = load_model(
             model.model,
             config=config,
@@ -190,7 +190,11 @@ def train(
         )
     if teacher_weights is not None:
         teacher = load_model(
-            model.model, weights=teacher_weights, img_size=model.img_size, model_args=arguments
+            model.model,
+            weights=teacher_weights,
+            resample=weights.resample,
+            img_size=model.img_size,
+            model_args=arguments,
         )
     processes = PartialState(cpu=device == "cpu")
     plan = describe_plan(built, recipe, images, validation, processes.num_processes)

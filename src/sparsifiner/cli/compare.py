@@ -14,6 +14,7 @@ from sparsifiner.compare.table import format_comparison, format_row
 from sparsifiner.measure.records import write_csv
 from sparsifiner.patch import why_not
 from sparsifiner.training import Recipe
+from sparsifiner.training.data import seed_generators
 from sparsifiner.viz.pareto import write_pareto
 
 
@@ -41,6 +42,7 @@ def compare(
         json: print all rows as JSON.
     """
     images, validation = data.open()
+    seed_generators(recipe.seed)
     dense = build_model(model, weights, None, images.num_classes)
     reasons = why_not(dense)
     if reasons:

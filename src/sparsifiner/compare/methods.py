@@ -7,7 +7,7 @@ from typing import Any, Literal
 from timm.models.vision_transformer import VisionTransformer
 
 from sparsifiner.models.linformer import linformer
-from sparsifiner.patch import sparsify, without_warnings
+from sparsifiner.patch import about_to_train, sparsify
 from sparsifiner.tokens import DynamicViT, EViT, ToMe
 
 
@@ -80,7 +80,7 @@ def _lists(**options: Any) -> Build:
             chosen["pool"] = geometry.pool
         if budget.token_keep is not None:
             chosen["tokens"] = EViT(keep=budget.token_keep)
-        with without_warnings():
+        with about_to_train():
             sparsify(model, keep=1.0 if budget.keep is None else budget.keep, **chosen)
         return model
 
@@ -92,7 +92,7 @@ def _tokens(make: Callable[[float, VisionTransformer], Any]) -> Build:
 
     def build(model: VisionTransformer, budget: Budget, geometry: Geometry) -> VisionTransformer:
         assert budget.token_keep is not None
-        with without_warnings():
+        with about_to_train():
             sparsify(model, keep=1.0, summary=None, tokens=make(budget.token_keep, model))
         return model
 
@@ -118,7 +118,7 @@ METHODS: dict[str, Method] = {
     "fast+evit": Method(_lists(), "both", ours=True),
     "pooled": Method(_lists(scorer="pooled"), "keys", ours=True),
     "paper": Method(_lists(preset="paper", tile=1, summary=None), "keys", ours=True, untrained=False),
-    "paper+summaries": Method(
+    "paper+falling+summaries": Method(
         _lists(preset="paper", tile=1, profile="falling"), "keys", ours=True, untrained=False
     ),
     "released": Method(_lists(preset="paper", tile=1, summary=None, legacy=True), "keys", untrained=False),

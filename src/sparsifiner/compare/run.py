@@ -11,19 +11,26 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sparsifiner.compare.methods import METHODS, Budget, Geometry, Method
 from sparsifiner.data import ImageSet, evaluation_transform, make_loader
+from sparsifiner.files import write_aside
 from sparsifiner.measure.accuracy import evaluate
 from sparsifiner.measure.macs import count_macs
 from sparsifiner.measure.memory import scratch_bytes
 from sparsifiner.measure.records import Row, append_rows, provenance, read_rows
 from sparsifiner.measure.timing import time_in_turns
 from sparsifiner.training import Recipe, train
+from sparsifiner.training.recipe import recipe_settings
+from sparsifiner.training.stages import weights_digest
 
 RESULTS = "results.json"
+_SETTINGS = "comparison.yaml"
+# settings of a recipe that do not change its result, or are a row's own
+_OF_NO_EFFECT = ("workers", "accumulate", "log_every", "checkpoint_every", "seed")
 # what tells one row from another
 _KEYS = ("method", "keep", "token_keep", "trained", "seed")
 _TIMED_DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
@@ -34,8 +41,9 @@ class Comparison:
     """What is compared.
 
     Attributes:
-        methods: one or several, as in '[fast,evit]': dense, fast, fast+evit, pooled, paper, paper+summaries,
-            released, linformer, window, strided, random, bigbird, oracle, evit, dynamicvit, tome.
+        methods: one or several, as in '[fast,evit]': dense, fast, fast+evit, pooled, paper,
+            paper+falling+summaries, released, linformer, window, strided, random, bigbird, oracle, evit,
+            dynamicvit, tome.
         keep: shares of the keys, one or several: '0.1 0.25'.
         token_keep: shares of the patches that stay at each stage of dropping; as many as `keep`.
         tile: side in patches of the square of queries that share one list.
@@ -69,10 +77,20 @@ class Comparison:
             if not self.listed(name):
                 raise ValueError(f"{name} is empty; give at least one")
         keeps, tokens = self.listed("keep"), self.listed("token_keep")
-        if len(keeps) != len(tokens):
+        for name, shares in (("keep", keeps), ("token_keep", tokens)):
+            for share in shares:
+                if not 0 < share <= 1:
+                    raise ValueError(f"{name} must lie in (0, 1], got {share}")
+        both = [name for name in self.listed("methods") if METHODS[name].spends == "both"]
+        if both and len(keeps) != len(tokens):
             raise ValueError(
-                f"keep has {len(keeps)} entries, but token_keep has {len(tokens)}; some methods take "
-                "one of each"
+                f"keep has {len(keeps)} entries, but token_keep has {len(tokens)}, and {both[0]} takes one "
+                "of each; give as many, or leave it out"
+            )
+        if self.tile < 1 or self.summary < 1 or (self.pool is not None and self.tile % self.pool):
+            raise ValueError(
+                f"tile={self.tile}, summary={self.summary} and pool={self.pool} must be at least 1, and pool "
+                "a divisor of tile"
             )
         for device in self.listed("timed_on"):
             if device not in _TIMED_DTYPES:
@@ -116,11 +134,16 @@ def compare(
         device: where to train and to evaluate: "auto" takes a GPU if there is one.
         report: called with every new row.
 
+    Raises:
+        ValueError: the rows in `output` are of another model, data, recipe or geometry.
+
     Returns:
         All rows of the folder. Their "right" tells image by image who was right, as hexadecimal bits.
     """
     assert isinstance(dense, VisionTransformer)
     output = Path(output)
+    settings = _settings_of(dense, images, validation, recipe, comparison)
+    _check_folder(output, settings)
     file = output / RESULTS
     done = {_key(row) for row in read_rows(file)}
     chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
@@ -141,7 +164,17 @@ def compare(
             own = dataclasses.replace(recipe, seed=seed)
             teacher = copy.deepcopy(dense)
             folder = output / "runs" / run
-            train(model, images, validation, own, folder, teacher=teacher, device=device, resume=True)
+            train(
+                model,
+                images,
+                validation,
+                own,
+                folder,
+                teacher=teacher,
+                settings={**settings, **described},
+                device=device,
+                resume=True,
+            )
         row = {
             **described,
             "ours": method.ours,
@@ -208,6 +241,31 @@ def _settings(comparison: Comparison) -> Iterator[tuple[str, Budget, bool, int]]
             if trained or method.untrained:
                 for budget in method.budgets(comparison.listed("keep"), comparison.listed("token_keep")):
                     yield name, budget, trained, seed
+
+
+def _settings_of(
+    dense: nn.Module, images: ImageSet, validation: ImageSet, recipe: Recipe, comparison: Comparison
+) -> dict[str, Any]:
+    """What all rows of a folder must share; methods, budgets and seeds may be added."""
+    shared = {name: getattr(comparison, name) for name in ("tile", "summary", "pool")}
+    own = {name: value for name, value in recipe_settings(recipe).items() if name not in _OF_NO_EFFECT}
+    counts = {"images": len(images), "validation_images": len(validation)}
+    return {"dense": weights_digest(dense), **counts, **shared, "recipe": own}
+
+
+def _check_folder(output: Path, settings: dict[str, Any]) -> None:
+    """Keeps the settings of a new folder; those of an old one must be the same."""
+    file, text = output / _SETTINGS, yaml.safe_dump(settings, sort_keys=False)
+    if file.exists():
+        before, now = yaml.safe_load(file.read_text()), yaml.safe_load(text)
+        changed = [name for name in now if before.get(name) != now[name]]
+        if changed:
+            raise ValueError(
+                f"output={str(output)!r} holds rows with another {', '.join(changed)} ({_SETTINGS} there "
+                "tells which); give another --output"
+            )
+    output.mkdir(parents=True, exist_ok=True)
+    write_aside(file, lambda aside: aside.write_text(text))
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ from sparsifiner.measure.records import Row, command_of, provenance
 from sparsifiner.measure.settings import DTYPES, Precision, check_settings, cpu_threads, one_for_each
 from sparsifiner.models.loading import load_model
 from sparsifiner.ops.backend import resolve_backend
-from sparsifiner.patch import sparse_layers, sparsify, without_warnings
+from sparsifiner.patch import about_to_train, sparse_layers, sparsify
 
 THROUGHPUT, LATENCY, TRAINING = "throughput", "latency", "training step"
 DENSE, SPARSE = "dense", "sparse"
@@ -123,7 +123,7 @@ def make_pair(settings: ModelBenchmark, config: SparsifyConfig, size: int) -> di
     Raises:
         ValueError: the model, its size or the configuration do not fit.
     """
-    with torch.random.fork_rng(devices=[]), without_warnings():
+    with torch.random.fork_rng(devices=[]), about_to_train():
         torch.manual_seed(settings.seed)
         dense = load_model(settings.model, img_size=size, model_args=settings.model_args)
         if any(isinstance(module, SparseAttention) for module in dense.modules()):

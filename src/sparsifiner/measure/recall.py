@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention
 from sparsifiner.connectivity import Connectivity
+from sparsifiner.models.features import token_states
+from sparsifiner.tokens.sizes import weigh_by_size
 from sparsifiner.trace import trace, trace_projections
 
 # attention probabilities that exist at once
@@ -38,10 +40,14 @@ def mask_recall(
         return []
     kept, seen = [0.0] * len(layers), 0
     for images, _ in batches:
-        with trace(model) as traces, trace_projections(model) as projections:
+        with trace(model) as traces, trace_projections(model) as projections, token_states(model) as states:
             model(images.to(device, non_blocking=True))
         for index, layer in enumerate(layers):
-            share = kept_attention(*projections[index], traces[index].connectivity, layer.scale)
+            q, k = projections[index]
+            sizes = states[index - 1].sizes if states and index else None
+            if sizes is not None:
+                q, k, _ = weigh_by_size(q, k, k, sizes, layer.scale)
+            share = kept_attention(q, k, traces[index].connectivity, layer.scale)
             kept[index] += len(images) * share
         seen += len(images)
     if not seen:

@@ -23,9 +23,14 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         FileExistsError: there is such a file.
-        ValueError: the model is not sparse, or `path` has another ending.
+        ValueError: the model is not sparse, has predictors of tokens, or `path` has another ending.
     """
     path = check_new(path)
+    if any(is_predictor(name) for name, _ in model.named_parameters()):
+        raise ValueError(
+            "model has DynamicViT's predictors, which are trained with the backbone and belong to its "
+            "weights; save model.state_dict() instead"
+        )
     config = sparse_layers(model)[0].config
     scorers = {name: tensor.detach().cpu().contiguous() for name, tensor in scorer_weights(model).items()}
     path.parent.mkdir(parents=True, exist_ok=True)

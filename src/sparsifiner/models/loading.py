@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sparsifiner.attention import SparseAttention
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.models.adapter import is_predictor, is_scorer, read_adapter_config
-from sparsifiner.patch import desparsify, sparsify, without_warnings
+from sparsifiner.patch import about_to_train, desparsify, sparsify
 
 _SHOWN_KEYS = 3
 
@@ -72,26 +72,33 @@ def load_model(
     if config is not None:
         scorer = scorers is not None or (state is not None and _holds_scorer(state))
         predictor = state is not None and any(is_predictor(key) for key in state)
-        with without_warnings(scorer=scorer, predictor=predictor):
+        with about_to_train(scorer=scorer, predictor=predictor):
             sparsify(model, config)
     if state is not None:
         if resample:
             state = _resampled(state, model)
-        _load_checked(model, state, f"weights={str(weights)!r}")
+        _load_checked(model, state, f"weights={str(weights)!r}", may_resample=not resample)
     if scorers is not None:
         backbone = {key: value for key, value in model.state_dict().items() if key not in scorers}
         _load_checked(model, {**backbone, **scorers}, f"adapter={str(adapter)!r}")
     return model.eval()
 
 
-def load_weights(model: nn.Module, path: str | Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, *, resample: bool = False) -> None:
     """Loads a file of weights into a model.
+
+    Args:
+        model: what they are for.
+        path: the file.
+        resample: fit embeddings of another image or patch size, as for `load_model`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be read or does not fit.
     """
-    _load_checked(model, read_weights(path), f"weights={str(path)!r}")
+    state = read_weights(path)
+    state = _resampled(state, model) if resample else state
+    _load_checked(model, state, f"weights={str(path)!r}", may_resample=not resample)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -147,7 +154,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     changed = [model, *sparse] if sparse else []  # the model for its blocks, which may drop tokens
     before = [(module, dict(module.__dict__), dict(module._modules)) for module in changed]
     try:
-        with without_warnings(predictor=False):  # the scorer's weights are about to come
+        with about_to_train(predictor=False):  # the scorer's weights are about to come
             sparsify(model, config)
         backbone = {key: value for key, value in model.state_dict().items() if not is_scorer(key)}
         _load_checked(model, {**backbone, **scorers}, f"path={str(path)!r}")
@@ -199,7 +206,9 @@ def _resampled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return {**state, **{key: fitted[key] for key in state if key in fitted}}
 
 
-def _load_checked(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+def _load_checked(
+    model: nn.Module, state: dict[str, Tensor], source: str, *, may_resample: bool = False
+) -> None:
     own = model.state_dict()
     wrong_shape = [
         f"{key} is {list(value.shape)} in the file and {list(own[key].shape)} in the model"
@@ -207,10 +216,10 @@ def _load_checked(model: nn.Module, state: dict[str, Tensor], source: str) -> No
         if key in own and own[key].shape != value.shape
     ]
     if wrong_shape:
+        hint = ", or give --resample if only the image or patch size differs" if may_resample else ""
         raise ValueError(
             f"{source} does not fit the model: {_shorten(wrong_shape)}; "
-            "set --model-args and --img-size to those that it was made with, or give --resample if only the "
-            "image or patch size differs"
+            f"set --model-args and --img-size to those that it was made with{hint}"
         )
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)

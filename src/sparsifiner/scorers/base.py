@@ -76,6 +76,8 @@ class Scorer(nn.Module):
     """
 
     FUSED_OP = ""  # the operator that scores and selects at once, if there is one
+    # whether queries and keys may have more channels, which add to their products what tokens weigh
+    TAKES_SIZES = True
 
     @abstractmethod
     def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:

@@ -42,6 +42,7 @@ class LowRankScorer(Scorer):
     """
 
     FUSED_OP = "select_lowrank"
+    TAKES_SIZES = False  # its projections are of head dim
     # released checkpoints keep the parameters under these names
     RELEASED_NAMES = (("proj_c_q", "query"), ("proj_c_k", "key"), ("proj_back_n", "up"), ("proj_n", "down"))
 

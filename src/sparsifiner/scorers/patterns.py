@@ -17,7 +17,10 @@ class _FixedScorer(Scorer):
 
 
 class WindowScorer(_FixedScorer):
-    """The keys nearest to the centre of the tile; prefix keys count as nearest."""
+    """The keys nearest to the centre of the tile; prefix keys count as nearest.
+
+    Where tokens were dropped, distance is along the line in which the others lie.
+    """
 
     def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""

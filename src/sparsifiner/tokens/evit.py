@@ -24,7 +24,8 @@ class EViT(TokenMethod):
 
     Attributes:
         keep: share of the patches that stay at each of these blocks, rounded up.
-        fuse: put one token in the place of those that go: their sum, weighted by that attention.
+        fuse: put one token in the place of those that go: their sum, weighted by that attention. Heads that
+            look at all patches, such as average pooling and LV-ViT's, see it as one of them.
         at: the blocks; a quarter, a half and three quarters of the depth by default.
 
     Source:
@@ -59,9 +60,9 @@ class EViT(TokenMethod):
             patches = left
         return counts
 
-    def why_not(self, prefix: int) -> str:
+    def why_not(self, has_class_token: bool) -> str:
         """See `TokenMethod.why_not`."""
-        return "" if prefix else "EViT needs a class token; use DynamicViT or ToMe"
+        return "" if has_class_token else "EViT needs a class token; use DynamicViT or ToMe"
 
 
 class AttentiveReducer(TokenReducer):

@@ -86,8 +86,8 @@ class TokenMethod(ABC):
             prefix: prefix tokens.
         """
 
-    def why_not(self, prefix: int) -> str:
-        """Why models with so many prefix tokens cannot use the method; empty if they can."""
+    def why_not(self, has_class_token: bool) -> str:
+        """Why models with or without a class token cannot use the method; empty if they can."""
         return ""
 
 

@@ -25,6 +25,9 @@ def weigh_by_size(
     Returns:
         The three with the next multiple of 16 channels above d; values have zeros there.
 
+    The mean key of a summary window then has the mean of the logs, so that a window weighs as the geometric
+    mean of its sizes.
+
     Source:
         Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, equation 1.
     """

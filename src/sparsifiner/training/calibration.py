@@ -16,6 +16,7 @@ from sparsifiner.attention import SparseAttention
 from sparsifiner.config import SparsifyConfig, change_config
 from sparsifiner.connectivity import exact_ratio
 from sparsifiner.layout import TokenLayout
+from sparsifiner.models.adapter import scorer_weights
 from sparsifiner.models.features import patch_tokens
 from sparsifiner.patch import sparse_layers, sparsify
 from sparsifiner.training.scorer_fit import fit_scorers
@@ -40,7 +41,7 @@ class Calibration:
         images: how many were used.
         match: what errors are of: "logits" (mean KL(dense ‖ sparse) in nats) or "tokens" (mean relative
             distance of the final patch tokens).
-        error_before: error with the budgets of before, scorers fitted.
+        error_before: error of the model as it was.
         error: error with those that were chosen.
         lengths: list lengths at which every layer was measured.
         layer_errors: error with one layer sparse and all others dense: one row per layer, one column per
@@ -76,8 +77,8 @@ def calibrate(
 
     Scorers with weights learn the dense attention first. Together the layers list at most as many keys as
     before, so that no MACs are added. Layers are measured one at a time, all others dense: their errors
-    nearly add up. The backbone is not touched, and no labels are needed. If the budgets that are chosen are
-    no better than those of before, these stay.
+    nearly add up. The backbone is not touched, and no labels are needed. What is no better than before,
+    scorers or budgets, stays as it was.
 
     Args:
         model: a sparse model in evaluation mode; its configuration and scorers are changed in place.
@@ -109,10 +110,10 @@ def calibrate(
     sizes = {tuple(batch.shape[-2:]) for batch in batches}
     if len(sizes) > 1:
         raise ValueError(f"images have the sizes {sorted(sizes)}; give one size at a time")
-    fit_scorers(model, batches, fit_steps, progress=progress)
     model.patch_embed(batches[0][:1])  # models of any image size note the grid here
     layout = TokenLayout(layers[0].grid.current(), layers[0].prefix)
     keeps = [layer.keep for layer in layers]
+    unfitted = {name: tensor.clone() for name, tensor in scorer_weights(model).items()}
     before = [_budget(layer, layout) for layer in layers]
     # every list holds its forced keys and one more
     least = min(_budget(layer, layout, (1, 10**6)) for layer in layers)
@@ -120,6 +121,15 @@ def calibrate(
         raise ValueError(
             f"all layers stay dense at {layout.tokens} tokens; lower min_tokens={config.min_tokens}"
         )
+    with _restored(layers):
+        error_before = _mean_error(model, layers, batches, keeps, match)
+    error_fitted = error_before
+    if fit_scorers(model, batches, fit_steps, progress=progress):
+        with _restored(layers):
+            error_fitted = _mean_error(model, layers, batches, keeps, match)
+        if error_fitted > error_before:
+            model.load_state_dict(unfitted, strict=False)
+            error_fitted = error_before
     total = sum(before)
     lengths = _lengths(total / len(layers), least, layout.tokens)
     rows = torch.zeros(len(layers), len(lengths), dtype=torch.float64)
@@ -128,14 +138,13 @@ def calibrate(
         for batch in bar:
             errors = list(_layer_errors(model, layers, batch, lengths, layout, match))
             rows += torch.tensor(errors, dtype=torch.float64) * len(batch) / count
-        error_before = _mean_error(model, layers, batches, keeps, match)
         chosen = choose_budgets(rows.tolist(), lengths, total, least, layout.tokens)
         keeps = [exact_ratio(budget / layout.tokens) for budget in chosen]
         error = _mean_error(model, layers, batches, keeps, match)
-    if error < error_before:
+    if error < error_fitted:
         keep = [budget / layout.tokens for budget in chosen]
     else:
-        chosen, error = before, error_before
+        chosen, error = before, error_fitted
         keep = [min(1.0, config.keep_of(layer.layer, layer.depth)) for layer in layers]
     sparsify(model, change_config(config, keep=keep))
     return Calibration(

@@ -15,7 +15,7 @@ _LR = 5e-3
 _LAST_LR = 2e-4
 
 
-def fit_scorers(model: nn.Module, batches: Sequence[Tensor], steps: int, *, progress: bool = True) -> None:
+def fit_scorers(model: nn.Module, batches: Sequence[Tensor], steps: int, *, progress: bool = True) -> bool:
     """Lets the scorers learn the dense attention, as the stage "reconstruct" does; the backbone stays.
 
     Args:
@@ -23,9 +23,12 @@ def fit_scorers(model: nn.Module, batches: Sequence[Tensor], steps: int, *, prog
         batches: images [B, 3, H, W] where the model is, taken in turn.
         steps: optimizer steps, with a learning rate that falls along a cosine.
         progress: show a progress bar on a terminal.
+
+    Returns:
+        Whether there was something to fit.
     """
     if steps == 0 or why_skipped(model, _KIND):
-        return
+        return False
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     teacher, student = Teacher(model), Student(model, _KIND).eval()
     weights = [parameter for name, parameter in model.named_parameters() if is_scorer(name)]
@@ -43,3 +46,4 @@ def fit_scorers(model: nn.Module, batches: Sequence[Tensor], steps: int, *, prog
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trainable[name])
         parameter.grad = None
+    return True
