@@ -192,7 +192,9 @@ with what the scorer chooses; suites named "fast" have the second alone. The con
 trained on by the second stage's recipe, equally long. "Before" is top-1 after the first stage, "to the control" has
 the paired 95 % interval, key visits are (listed keys + summary keys) / N, recall is the share of the model's own
 dense attention on the listed keys, images/s are those of the stages, measured beside up to as many other runs on the
-same device as it says. Seed 0 unless it says another, last weights, all validation images.
+same device as it says. Seed 0 unless it says another, last weights, all validation images. Settings and measurements
+of runs are in `docs/results/runs/`: `sparsifiner train --config` with such a config.yaml, the names of data and
+weights filled in, makes the run again.
 """
     ]
     for suite in dict.fromkeys(row["suite"] for row in rows):
