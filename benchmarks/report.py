@@ -12,6 +12,9 @@ from figures import write_curves
 from provenance import RESULTS
 from published import rows as published_rows
 
+from sparsifiner.compare.table import COSTS, cost_of, front_of, merge_seeds, name_of
+from sparsifiner.viz.pareto import write_pareto
+
 HEADER = """# Results
 
 Every figure here was written by `python benchmarks/report.py` from the measurements in
@@ -350,6 +353,51 @@ values ask of the L2 cache. Backward adds gradients of keys up by atomics, which
 """
 
 
+def comparison() -> str:
+    """Peers beside this package, one section per file that `sparsifiner compare` left in docs/results."""
+    sections = [
+        "# Peers\n\nWritten by `python benchmarks/report.py` from what `sparsifiner compare` measured.\n"
+    ]
+    for file in sorted(RESULTS.glob("compare_*.json")):
+        rows = json.loads(file.read_text())
+        picture = RESULTS.parent / f"{file.stem}.svg"
+        write_pareto(picture, rows)
+        merged = sorted(merge_seeds(rows), key=lambda row: row["macs"]["total"])
+        costs = [cost for cost in COSTS if any(cost_of(row, cost) is not None for row in merged)]
+        fronts = {cost: front_of(merged, cost) for cost in costs}
+        body = []
+        for index, row in enumerate(merged):
+            compared = row["difference"] is not None and row["method"] != "dense"
+            body.append([
+                f"**{name_of(row)}**" if row["ours"] else name_of(row),
+                str(row["seeds"]),
+                f"{row['top1']:.2f}",
+                f"{row['difference']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})" if compared else "",
+                *(
+                    "" if (value := cost_of(row, cost)) is None
+                    else f"{figures(value)}{' *' if index in fronts[cost] else ''}"
+                    for cost in costs
+                ),
+            ])  # fmt: skip
+        header = ["method", "seeds", "top-1", "to dense (95 %)", *(COSTS[cost][0] for cost in costs)]
+        sections.append(
+            f"""## N = {rows[0]["tokens"]}, {rows[0]["images"]:,} validation images
+
+Every method starts from one dense model and is trained alike; "dense" is that model trained on alike, or, among
+untrained rows, as it is. Differences to it are of top-1 points, with the bootstrap interval over images, right
+answers averaged over seeds. A star marks what no other row beats in top-1 at the same cost or less; bounds, which
+compute dense attention to choose, do not compete. Ours are bold.
+
+`sparsifiner compare --config configs/compare/{file.stem.replace("compare", "tiny_imagenet")}.yaml` ({source_of(rows)})
+
+![Top-1 against costs]({picture.name})
+
+{table(header, body)}
+"""
+        )
+    return "\n".join(sections)
+
+
 def performance() -> str:
     sections = [
         PERFORMANCE_HEADER,
@@ -378,6 +426,8 @@ def main() -> None:
     sections = [HEADER, training_free(), training(), published(), memory(), training_memory()]
     (RESULTS.parent / "results.md").write_text("\n".join(sections))
     (RESULTS.parent / "performance.md").write_text(performance())
+    if any(RESULTS.glob("compare_*.json")):
+        (RESULTS.parent / "peers.md").write_text(comparison())
 
 
 if __name__ == "__main__":
