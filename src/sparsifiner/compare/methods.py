@@ -8,7 +8,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from sparsifiner.models.linformer import linformer
 from sparsifiner.patch import about_to_train, sparsify
-from sparsifiner.tokens import DynamicViT, EViT, ToMe
+from sparsifiner.tokens import DynamicViT, EViT, TokenMethod, ToMe
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Geometry:
 
 
 Build = Callable[[VisionTransformer, Budget, Geometry], VisionTransformer]
+# share of the patches that each of three stages leaves, and the model -> how to get there
+Drop = Callable[[float, VisionTransformer], TokenMethod]
 
 
 @dataclass(frozen=True)
@@ -71,15 +73,15 @@ class Method:
         return [Budget()]
 
 
-def _lists(**options: Any) -> Build:
+def _lists(drop: Drop | None = None, **options: Any) -> Build:
     """Key lists of a scorer, by tile and with our summaries unless the options say otherwise."""
 
     def build(model: VisionTransformer, budget: Budget, geometry: Geometry) -> VisionTransformer:
         chosen = {"tile": geometry.tile, "summary": geometry.summary, **options}
         if chosen.get("scorer", "impact") == "impact":
             chosen["pool"] = geometry.pool
-        if budget.token_keep is not None:
-            chosen["tokens"] = EViT(keep=budget.token_keep)
+        if drop is not None and budget.token_keep is not None:
+            chosen["tokens"] = drop(budget.token_keep, model)
         with about_to_train():
             sparsify(model, keep=1.0 if budget.keep is None else budget.keep, **chosen)
         return model
@@ -87,13 +89,13 @@ def _lists(**options: Any) -> Build:
     return build
 
 
-def _tokens(make: Callable[[float, VisionTransformer], Any]) -> Build:
+def _tokens(drop: Drop) -> Build:
     """Fewer tokens, dense attention among them."""
 
     def build(model: VisionTransformer, budget: Budget, geometry: Geometry) -> VisionTransformer:
         assert budget.token_keep is not None
         with about_to_train():
-            sparsify(model, keep=1.0, summary=None, tokens=make(budget.token_keep, model))
+            sparsify(model, keep=1.0, summary=None, tokens=drop(budget.token_keep, model))
         return model
 
     return build
@@ -111,11 +113,12 @@ def _build_linformer(model: VisionTransformer, budget: Budget, geometry: Geometr
     return model
 
 
-_PATTERN = {"summary": None, "profile": "even"}
+_PATTERN: dict[str, Any] = {"summary": None, "profile": "even"}
 METHODS: dict[str, Method] = {
     "dense": Method(lambda model, budget, geometry: model, "nothing"),
     "fast": Method(_lists(), "keys", ours=True),
-    "fast+evit": Method(_lists(), "both", ours=True),
+    "fast+evit": Method(_lists(lambda keep, model: EViT(keep=keep)), "both", ours=True),
+    "fast+tome": Method(_lists(_merges), "both", ours=True),
     "pooled": Method(_lists(scorer="pooled"), "keys", ours=True),
     "paper": Method(_lists(preset="paper", tile=1, summary=None), "keys", ours=True, untrained=False),
     "paper+falling+summaries": Method(

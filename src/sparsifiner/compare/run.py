@@ -41,7 +41,7 @@ class Comparison:
     """What is compared.
 
     Attributes:
-        methods: one or several, as in '[fast,evit]': dense, fast, fast+evit, pooled, paper,
+        methods: one or several, as in '[fast,evit]': dense, fast, fast+evit, fast+tome, pooled, paper,
             paper+falling+summaries, released, linformer, window, strided, random, bigbird, oracle, evit,
             dynamicvit, tome.
         keep: shares of the keys, one or several: '0.1 0.25'.
