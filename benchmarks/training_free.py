@@ -17,7 +17,6 @@ are of batches of 100 in bf16, to be measured alone on a machine).
 
 import argparse
 import copy
-import functools
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +30,7 @@ import sparsifiner
 from sparsifiner.data import evaluation_transform, make_loader, open_images
 from sparsifiner.measure.accuracy import evaluate
 from sparsifiner.measure.recall import mask_recall
-from sparsifiner.measure.timing import time_in_turns
+from sparsifiner.measure.timing import forward_calls, time_in_turns
 from sparsifiner.models.loading import load_model
 from sparsifiner.training.calibration import calibrate
 
@@ -87,16 +86,8 @@ SUITES: dict[str, dict[str, tuple[int, int, Setting]]] = {
 
 def milliseconds(models: dict[str, nn.Module], images: Tensor) -> dict[str, dict[str, float | bool]]:
     """Time of a batch in bf16."""
-    images = images.bfloat16()
-
-    def forward(model: nn.Module) -> Tensor:
-        with torch.inference_mode():
-            logits: Tensor = model(images)
-        return logits
-
-    copies = {name: copy.deepcopy(model).bfloat16() for name, model in models.items()}
-    functions = {name: functools.partial(forward, model) for name, model in copies.items()}
-    timings = time_in_turns(functions, device=images.device, graphs=True)
+    calls = forward_calls(models, images.bfloat16())
+    timings = time_in_turns(calls, device=images.device, graphs=True)
     return {name: asdict(timing) for name, timing in timings.items()}
 
 

@@ -45,6 +45,10 @@ class SparseAttention(nn.Module):
         lists: where the layers behind find the lists of this one, if they share them, else None.
     """
 
+    num_heads: int
+    head_dim: int
+    attn_dim: int
+    scale: float
     qkv: nn.Linear
     q_norm: nn.Module
     k_norm: nn.Module
@@ -66,12 +70,7 @@ class SparseAttention(nn.Module):
         config: SparsifyConfig,
     ) -> None:
         super().__init__()
-        self.num_heads: int = dense.num_heads
-        self.head_dim: int = dense.head_dim
-        self.attn_dim: int = dense.attn_dim
-        self.scale: float = dense.scale
-        for name in SHARED_MODULES:
-            setattr(self, name, getattr(dense, name))
+        take_over(self, dense)
         self.scorer = scorer
         self.lists: SharedLists | None = None
         self.grid = grid
@@ -80,7 +79,6 @@ class SparseAttention(nn.Module):
         self.depth = depth
         self.configure(config)
         self._dense = (dense,)  # in a tuple: not a child, its weights are this module's already
-        self.training = dense.training
         for hooks in _HOOKS:  # the same dictionaries, so that handles stay good on both sides
             setattr(self, hooks, getattr(dense, hooks))
         self.register_load_state_dict_pre_hook(_rename_released_keys)  # type: ignore[no-untyped-call]
@@ -290,6 +288,13 @@ class CurrentGrid:
         """Restores the state with no call noted."""
         self.__dict__.update(state)
         self._call = threading.local()
+
+
+def take_over(module: nn.Module, dense: Attention) -> None:
+    """Gives a module that takes a timm attention's place its sizes and, shared, its submodules."""
+    for name in ("num_heads", "head_dim", "attn_dim", "scale", *SHARED_MODULES):
+        setattr(module, name, getattr(dense, name))
+    module.training = dense.training
 
 
 def split_heads(attention: Any, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:

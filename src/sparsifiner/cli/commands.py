@@ -18,6 +18,7 @@ from sparsifiner.cli.options import (
     SparsityOptions,
     WeightOptions,
     build_model,
+    load_chosen,
 )
 from sparsifiner.config import config_to_dict
 from sparsifiner.data import ImageSet, make_loader, open_images
@@ -172,30 +173,14 @@ def train(
     except FileNotFoundError:
         if not dry_run:
             raise
-    arguments = dict(model.model_args or {})
-    if images is not None:
-        arguments.setdefault("num_classes", images.num_classes)
+    num_classes = None if images is None else images.num_classes
     seed_generators(recipe.seed)
     teacher = None
     with about_to_train():
-        built = load_model(
-            model.model,
-            config=config,
-            weights=weights.weights,
-            adapter=weights.adapter,
-            resample=weights.resample,
-            img_size=model.img_size,
-            pretrained=weights.pretrained,
-            model_args=arguments,
-        )
+        built = load_chosen(model, weights, config, num_classes)
     if teacher_weights is not None:
-        teacher = load_model(
-            model.model,
-            weights=teacher_weights,
-            resample=weights.resample,
-            img_size=model.img_size,
-            model_args=arguments,
-        )
+        own = WeightOptions(weights=teacher_weights, resample=weights.resample)
+        teacher = load_chosen(model, own, None, num_classes)
     processes = PartialState(cpu=device == "cpu")
     plan = describe_plan(built, recipe, images, validation, processes.num_processes)
     if processes.is_main_process:

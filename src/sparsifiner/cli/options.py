@@ -169,10 +169,24 @@ def build_model(
         config: how sparse, None for dense.
         num_classes: of the images; a pretrained head stays as it is.
     """
-    arguments = dict(model.model_args or {})
     if weights.weights is None and not weights.pretrained:
         print("no --weights and no --pretrained: the model's weights are random", file=sys.stderr)
-    if not weights.pretrained:
+    return load_chosen(model, weights, config, None if weights.pretrained else num_classes)
+
+
+def load_chosen(
+    model: ModelOptions, weights: WeightOptions, config: SparsifyConfig | None, num_classes: int | None
+) -> nn.Module:
+    """The model with its weights.
+
+    Args:
+        model: which model.
+        weights: which weights.
+        config: how sparse, None for dense.
+        num_classes: of a head that `model` does not size, None for timm's.
+    """
+    arguments = dict(model.model_args or {})
+    if num_classes is not None:
         arguments.setdefault("num_classes", num_classes)
     return load_model(
         model.model,

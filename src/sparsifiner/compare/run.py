@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from sparsifiner.measure.accuracy import evaluate
 from sparsifiner.measure.macs import count_macs
 from sparsifiner.measure.memory import scratch_bytes
 from sparsifiner.measure.records import Row, append_rows, provenance, read_rows
-from sparsifiner.measure.timing import time_in_turns
+from sparsifiner.measure.timing import forward_calls, time_in_turns
 from sparsifiner.training import Recipe, train
 from sparsifiner.training.recipe import recipe_settings
 from sparsifiner.training.stages import weights_digest
@@ -274,16 +273,7 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 
 def _cost_on(place: str, models: dict[str, nn.Module], shape: tuple[int, ...]) -> dict[str, Any]:
     """Milliseconds of a batch, beside the dense model's, and on a GPU the memory that the model needs."""
-    dtype = _TIMED_DTYPES[place]
-    images = torch.randn(shape, dtype=dtype, device=place)
-    copies = {name: copy.deepcopy(model).to(place, dtype) for name, model in models.items()}
-
-    def forward(model: nn.Module) -> Tensor:
-        with torch.inference_mode():
-            logits: Tensor = model(images)
-        return logits
-
-    calls = {name: functools.partial(forward, model) for name, model in copies.items()}
+    calls = forward_calls(models, torch.randn(shape, dtype=_TIMED_DTYPES[place], device=place))
     timings = time_in_turns(calls, device=place, graphs=True)
     memory = scratch_bytes(calls["model"], place)
     return {

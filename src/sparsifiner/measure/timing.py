@@ -1,5 +1,7 @@
 """Milliseconds, compared fairly: in one run, in turns, medians with spread."""
 
+import copy
+import functools
 import gc
 import logging
 import time
@@ -9,6 +11,7 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
 # Written before each measurement on a GPU: more than its caches hold, long enough for the host to be ahead.
@@ -92,6 +95,17 @@ def time_in_turns(
         tenths = quantiles(taken, n=10, method="inclusive")
         result[name] = Timing(median(taken), tenths[0], tenths[-1], name in stopwatch.graphs)
     return result
+
+
+def forward_calls(models: Mapping[str, nn.Module], images: Tensor) -> dict[str, Callable[[], object]]:
+    """Forward passes to time: copies of models, on the device and in the dtype of images [B, 3, H, W]."""
+
+    def forward(model: nn.Module) -> object:
+        with torch.inference_mode():
+            return model(images)
+
+    copies = {name: copy.deepcopy(model).to(images.device, images.dtype) for name, model in models.items()}
+    return {name: functools.partial(forward, model) for name, model in copies.items()}
 
 
 class _Stopwatch:

@@ -6,7 +6,7 @@ from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sparsifiner.attention import SHARED_MODULES, merge_heads, split_heads
+from sparsifiner.attention import merge_heads, split_heads, take_over
 from sparsifiner.connectivity import exact_ratio
 from sparsifiner.layout import TokenLayout
 
@@ -32,26 +32,20 @@ class LinformerAttention(nn.Module):
         heads of a layer.
     """
 
+    num_heads: int
+    head_dim: int
+    attn_dim: int
+    scale: float
     qkv: nn.Linear
-    norm: nn.Module
-    gate: nn.Linear | None
-    proj: nn.Linear
-    proj_drop: nn.Dropout
 
     def __init__(self, dense: Attention, layout: TokenLayout, size: int) -> None:
         super().__init__()
-        self.num_heads: int = dense.num_heads
-        self.head_dim: int = dense.head_dim
-        self.attn_dim: int = dense.attn_dim
-        self.scale: float = dense.scale
-        for name in SHARED_MODULES:
-            setattr(self, name, getattr(dense, name))
+        take_over(self, dense)
         self.prefix = layout.prefix
         weight = dense.qkv.weight
         means = _group_means(layout, size).to(device=weight.device, dtype=weight.dtype)
         self.key_mixture = nn.Parameter(means.clone())
         self.value_mixture = nn.Parameter(means.clone())
-        self.training = dense.training
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Attends: [B, N, C] to [B, N, C].

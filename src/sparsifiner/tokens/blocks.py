@@ -6,7 +6,7 @@ from typing import Any, cast
 from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
-from sparsifiner.layout import TokenLayout
+from sparsifiner.attention import SparseAttention
 from sparsifiner.tokens.method import TokenMethod, TokenReducer
 from sparsifiner.tokens.state import TokenState
 
@@ -22,7 +22,7 @@ class TokenBlock(nn.Module):
     """
 
     norm1: nn.Module
-    attn: nn.Module
+    attn: SparseAttention
     ls1: nn.Module
     drop_path1: nn.Module
     norm2: nn.Module
@@ -71,7 +71,7 @@ class TokenBlock(nn.Module):
         out = self.norm1(out) if self.normalises_after else self.ls1(out)
         x = x + self.drop_path1(out)
         if self.reducer is not None:
-            x, state = self.reducer.after_attention(x, q, k, cast("float", self.attn.scale), state)
+            x, state = self.reducer.after_attention(x, q, k, self.attn.scale, state)
         if self.normalises_after:
             return x + self.drop_path2(self.norm2(self.mlp(x))), state
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), state
@@ -104,8 +104,7 @@ class TokenBlocks(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, N, C] of the whole image to those that are left."""
         blocks = [cast("TokenBlock", block) for block in self]
-        whole: TokenLayout = blocks[0].attn.current_layout(x.shape[1])  # type: ignore[operator]
-        state = TokenState(whole)
+        state = TokenState(blocks[0].attn.current_layout(x.shape[1]))
         for block in blocks:
             x, state = block(x, state)
         return x

@@ -88,9 +88,8 @@ class AttentiveReducer(TokenReducer):
             return x, state
         attention = class_attention(q, k, scale)  # [B, N]
         prefix = state.prefix
-        order = attention[:, prefix:].argsort(
-            dim=1, descending=True, stable=True
-        )  # ties: the first in the image
+        # of ties the first in the image stays
+        order = attention[:, prefix:].argsort(dim=1, descending=True, stable=True)
         chosen = order[:, :left]
         chosen = chosen.gather(1, state.curve_order(chosen))
         first = [x[:, : state.whole.prefix]]
