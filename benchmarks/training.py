@@ -52,6 +52,9 @@ VARIANTS: dict[str, list[object]] = {
     "falling": ["--profile", "falling"],
     "summary8": ["--summary", 8],
     "falling_summary8": ["--profile", "falling", "--summary", 8],
+    "falling_summary4": ["--profile", "falling", "--summary", 4],
+    "falling_summary4_joint": ["--profile", "falling", "--summary", 4, "--stages", JOINT],
+    "falling_summary4_no_features": ["--profile", "falling", "--summary", 4, "--loss_weights.token", 0],
 }
 # the suite "scorer": one choice changed at a time
 ABLATIONS: dict[str, list[object]] = {

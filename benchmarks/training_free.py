@@ -62,6 +62,7 @@ def groups_of(fast: Setting) -> dict[str, list[Setting]]:
             fast | {"pool": tile},
             fast | {"pool": max(1, pool // 2) if pool == tile // 2 else tile // 2},
             fast | {"tile": 2 * tile if tile == 4 else tile // 2, "pool": 2},
+            fast | {"tile": 16, "pool": 8},
             fast | {"summary": None},
             fast | {"share": 2},
         ],

@@ -136,11 +136,13 @@ def _log_deviation(v: Tensor, layout: TokenLayout, summary: int) -> Tensor:
     log_deviation = torch.empty(B, H, N, dtype=torch.float32, device=v.device)
     log_deviation[:, :, : layout.prefix] = 0.0
     block_d = max(16, triton.next_power_of_2(d))
+    rows = layout.square_shape(summary)[0]
     if B * H:
         log_deviation_kernel[(layout.squares(summary) * B * H,)](
             *(v, log_deviation, *v.stride()[:3], B * H, H, N, *layout.grid, layout.prefix, d),
             SIDE=summary,
-            BLOCK_S=min(max(1, 4096 // block_d), triton.next_power_of_2(summary**2)),
+            ROWS=rows,
+            BLOCK_S=min(max(1, 4096 // block_d), triton.next_power_of_2(rows * summary)),
             BLOCK_D=block_d,
             num_warps=2,
         )
@@ -307,6 +309,7 @@ def log_deviation_kernel(
     v_batch, v_head, v_token,
     pairs, H, N, GRID_H, GRID_W, PREFIX, HEAD_DIM,
     SIDE: tl.constexpr,
+    ROWS: tl.constexpr,  # of a whole window: its side, or that of the grid if that is smaller
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -320,14 +323,14 @@ def log_deviation_kernel(
     first = PREFIX + window // columns * SIDE * GRID_W + window % columns * SIDE
     v += pair // H * v_batch + pair % H * v_head
     total = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, SIDE * SIDE, BLOCK_S):
+    for start in range(0, ROWS * SIDE, BLOCK_S):
         token, inside = _members(start, first, height, width, GRID_W, SIDE, BLOCK_S)
         mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
         total += tl.sum(
             tl.load(v + token[:, None] * v_token + dim[None, :], mask=mask, other=0.0).to(tl.float32), 0
         )
     mean = total / (height * width)
-    for start in range(0, SIDE * SIDE, BLOCK_S):
+    for start in range(0, ROWS * SIDE, BLOCK_S):
         token, inside = _members(start, first, height, width, GRID_W, SIDE, BLOCK_S)
         mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
         value = tl.load(v + token[:, None] * v_token + dim[None, :], mask=mask, other=0.0).to(tl.float32)

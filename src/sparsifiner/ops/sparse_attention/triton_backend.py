@@ -21,7 +21,7 @@ from sparsifiner.ops.sparse_attention.triton_packing import PACKED_SIDE, PackedL
 from sparsifiner.ops.triton_means import square_means
 
 _LOG2_E = 1.4426950408889634
-_LARGEST_BLOCK_M = 128
+_LARGEST_BLOCK_M = 64
 # Keys of one program of the prefix, which attends to every token: about as many as a tile's list has.
 _SPLIT_KEYS = 512
 
