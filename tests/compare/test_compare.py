@@ -34,11 +34,13 @@ def budget_of(method):
     return method.budgets([0.2], [0.6])[0]
 
 
-def run(folder, seeds=0, methods=("dense", "fast+evit"), **options):
+def run(folder, seeds=0, methods=("dense", "fast+evit"), timed_on=None, **options):
     images = open_images("digits", "train", limit=64)
     validation = open_images("digits", "validation", limit=40)
     recipe = Recipe(stages=[Stage("distil", 1, lr=1e-3)], batch_size=32, workers=0, ema_decay=None)
-    comparison = Comparison(list(methods), keep=0.2, token_keep=0.6, tile=2, summary=2, seeds=seeds)
+    comparison = Comparison(
+        list(methods), keep=0.2, token_keep=0.6, tile=2, summary=2, seeds=seeds, timed_on=timed_on
+    )
     return compare(make_dense(), images, validation, recipe, comparison, folder, device="cpu", **options)
 
 
@@ -70,7 +72,7 @@ def test_budgets_are_those_that_a_method_spends():
 def test_rows_tell_settings_costs_and_who_was_right(tmp_path):
     made = []
     rows = run(tmp_path, seeds=[0, 1], report=made.append)
-    assert rows == made
+    assert [{**row, "costs": {}} for row in rows] == made
     told = [(row["method"], row["trained"], row["seed"]) for row in rows]
     assert told == [
         *[(name, False, 0) for name in ("dense", "fast+evit")],
@@ -79,7 +81,7 @@ def test_rows_tell_settings_costs_and_who_was_right(tmp_path):
     for row in rows:
         right = unpack_bits(row["right"], 40)
         assert 100 * right.mean() == pytest.approx(row["top1"])
-        assert row["cpu_ms"] > 0
+        assert row["costs"]["cpu"]["ms"] > 0
     # the dense model without training is the teacher itself
     assert rows[0]["agreement"] == 100
     assert rows[0]["logit_kl"] == pytest.approx(0, abs=1e-9)
@@ -96,6 +98,29 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path):
     assert [row["method"] for row in made] == ["fast+evit", "fast+evit"]
     assert run(tmp_path, report=made.append) == rows
     assert len(made) == 2
+
+
+def test_each_setting_is_timed_once_and_later_if_need_be(tmp_path, monkeypatch):
+    rows = run(tmp_path, seeds=[0, 1], timed_on=[])
+    assert [row["costs"] for row in rows] == [{}] * 6
+    timed = []
+    module = sys.modules["sparsifiner.compare.run"]
+    measure = module.time_in_turns
+    monkeypatch.setattr(
+        module, "time_in_turns", lambda *args, **more: timed.append(args) or measure(*args, **more)
+    )
+    rows = run(tmp_path, seeds=[0, 1], timed_on="cpu")
+    assert len(timed) == 2  # settings, untrained and of two seeds alike
+    for method in ("dense", "fast+evit"):
+        own = [row["costs"]["cpu"] for row in rows if row["method"] == method]
+        assert own == [own[0]] * 3
+        assert cost_of(next(row for row in rows if row["method"] == method), "cpu_ms") == own[0]["ms"]
+    assert (
+        run(tmp_path, seeds=[0, 1], timed_on="cpu")
+        == rows
+        == json.loads((tmp_path / "results.json").read_text())
+    )
+    assert len(timed) == 2
 
 
 def test_rows_of_other_settings_are_not_mixed(tmp_path):
@@ -123,7 +148,13 @@ def test_methods_are_trained_equally_long_and_learn_from_the_dense_model(tmp_pat
 def make_row(method, top1, total, right, **options):
     row = {"method": method, "keep": None, "token_keep": None, "trained": True, "seed": 0, "top1": top1}
     row |= {"macs": {"attention": total / 2, "scorer": 0, "total": total}, "images": 8, "ours": method == "a"}
-    return {**row, "is_bound": False, "right": pack_bits(torch.tensor(right, dtype=torch.bool)), **options}
+    return {
+        **row,
+        "costs": {},
+        "is_bound": False,
+        "right": pack_bits(torch.tensor(right, dtype=torch.bool)),
+        **options,
+    }
 
 
 def test_seeds_are_averaged_and_paired_with_their_own_control():

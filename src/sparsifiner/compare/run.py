@@ -1,4 +1,4 @@
-"""Trains, evaluates, counts and times each method alike, and keeps a row of every one."""
+"""Trains, evaluates and counts each method alike, keeps a row of every one, then times all of them."""
 
 import copy
 import dataclasses
@@ -20,7 +20,7 @@ from sparsifiner.files import write_aside
 from sparsifiner.measure.accuracy import evaluate
 from sparsifiner.measure.macs import count_macs
 from sparsifiner.measure.memory import scratch_bytes
-from sparsifiner.measure.records import Row, append_rows, provenance, read_rows
+from sparsifiner.measure.records import Row, append_rows, provenance, read_rows, write_rows
 from sparsifiner.measure.timing import forward_calls, time_in_turns
 from sparsifiner.training import Recipe, train
 from sparsifiner.training.recipe import recipe_settings
@@ -30,8 +30,9 @@ RESULTS = "results.json"
 _SETTINGS = "comparison.yaml"
 # settings of a recipe that do not change its result, or are a row's own
 _OF_NO_EFFECT = ("workers", "accumulate", "log_every", "checkpoint_every", "seed")
-# what tells one row from another
-_KEYS = ("method", "keep", "token_keep", "trained", "seed")
+# what tells what a model costs, and one row from another
+_SETTING = ("method", "keep", "token_keep")
+_KEYS = (*_SETTING, "trained", "seed")
 _TIMED_DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
@@ -51,7 +52,8 @@ class Comparison:
         seeds: of the training, one run each; training-free rows have the first.
         untrained: make training-free rows too.
         trained: make rows of trained models.
-        timed_on: where models are timed, "cuda" in bf16 and "cpu" in fp32; what is there by default.
+        timed_on: where models are timed, "cuda" in bf16 and "cpu" in fp32; what is there by default, '[]'
+            for nowhere, on a machine that does other work.
         timing_batch: images of a timed batch on a GPU; one on a CPU.
     """
 
@@ -98,6 +100,11 @@ class Comparison:
                 raise ValueError("timed_on='cuda', but there is no GPU here; leave it out")
         if self.timing_batch < 1:
             raise ValueError(f"timing_batch must be at least 1, got {self.timing_batch}")
+
+    @property
+    def geometry(self) -> Geometry:
+        """What lists of all methods share."""
+        return Geometry(self.tile, self.summary, self.pool)
 
     def listed(self, name: str) -> list[Any]:
         """An attribute as a list."""
@@ -155,9 +162,8 @@ def compare(
         if _key(described) in done:
             continue
         method = METHODS[name]
-        geometry = Geometry(comparison.tile, comparison.summary, comparison.pool)
         torch.manual_seed(seed)
-        model = method.build(copy.deepcopy(dense), budget, geometry)
+        model = method.build(copy.deepcopy(dense), budget, comparison.geometry)
         if trained:
             run = "_".join(str(part) for part in described.values() if part is not None).replace(" ", "")
             own = dataclasses.replace(recipe, seed=seed)
@@ -178,32 +184,24 @@ def compare(
             **described,
             "ours": method.ours,
             "is_bound": method.is_bound,
-            **measure(model, dense, loader, comparison, chosen),
+            **measure(model, dense, loader, chosen),
+            "costs": {},
             **provenance(chosen),
         }
         append_rows(file, [row])
         if report is not None:
             report(row)
-    return read_rows(file)
+    return time_settings(dense, comparison, file)
 
 
-def measure(
-    model: nn.Module, dense: nn.Module, loader: Any, comparison: Comparison, device: str
-) -> dict[str, Any]:
-    """Accuracy, MACs, milliseconds and memory of one model."""
+def measure(model: nn.Module, dense: nn.Module, loader: Any, device: str) -> dict[str, Any]:
+    """Accuracy and MACs of one model."""
     assert isinstance(dense, VisionTransformer)
     model, twin = model.to(device).eval(), copy.deepcopy(dense).to(device).eval()
     accuracy = evaluate(model, loader, dense=twin, device=device)
     against = accuracy.against_dense
     assert against is not None
-    height, width = dense.patch_embed.img_size
-    counted = count_macs(model, (3, int(height), int(width))).to_dict()
-    timed = comparison.listed("timed_on") or ["cuda" if torch.cuda.is_available() else "cpu"]
-    costs: dict[str, Any] = {}
-    for place in timed:
-        batch = comparison.timing_batch if place == "cuda" else 1
-        shape = (batch, 3, int(height), int(width))
-        costs |= _cost_on(place, {"model": model, "dense": twin}, shape)
+    counted = count_macs(model, (3, *_image_size(dense))).to_dict()
     return {
         "images": accuracy.images,
         "top1": accuracy.top1,
@@ -215,8 +213,37 @@ def measure(
         "macs": counted["sparse"],
         "dense_macs": counted["dense"],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        **costs,
     }
+
+
+def time_settings(dense: VisionTransformer, comparison: Comparison, file: Path) -> list[Row]:
+    """Times each setting of a file's rows once, with the dense weights, wherever that is still to be done.
+
+    Time depends on the setting, not on the weights: trained rows of all seeds share it with the untrained
+    one. So rows may come from machines that were busy, and be timed on one that is not.
+
+    Returns:
+        The rows, with "costs" of each place: milliseconds of a batch, those of the dense model in the same
+        run, and on a GPU the memory that the model needs.
+    """
+    default = ["cuda" if torch.cuda.is_available() else "cpu"]
+    places = default if comparison.timed_on is None else comparison.listed("timed_on")
+    rows = read_rows(file)
+    settings: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        settings.setdefault(tuple(row[name] for name in _SETTING), []).append(row)
+    for (name, *shares), own in settings.items():
+        for place in places:
+            known = next((row["costs"][place] for row in own if place in row["costs"]), None)
+            if known is not None and all(place in row["costs"] for row in own):
+                continue
+            if known is None:
+                model = METHODS[name].build(copy.deepcopy(dense), Budget(*shares), comparison.geometry)
+                known = _cost_on(place, {"model": model.eval(), "dense": dense}, comparison, dense)
+            for row in own:
+                row["costs"][place] = known
+            write_rows(file, rows)
+    return rows
 
 
 def pack_bits(right: Tensor) -> str:
@@ -271,16 +298,25 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in _KEYS)
 
 
-def _cost_on(place: str, models: dict[str, nn.Module], shape: tuple[int, ...]) -> dict[str, Any]:
-    """Milliseconds of a batch, beside the dense model's, and on a GPU the memory that the model needs."""
-    calls = forward_calls(models, torch.randn(shape, dtype=_TIMED_DTYPES[place], device=place))
+def _image_size(dense: VisionTransformer) -> tuple[int, int]:
+    height, width = dense.patch_embed.img_size
+    return int(height), int(width)
+
+
+def _cost_on(
+    place: str, models: dict[str, nn.Module], comparison: Comparison, dense: VisionTransformer
+) -> dict[str, Any]:
+    """What a batch costs there, beside the dense model."""
+    batch = comparison.timing_batch if place == "cuda" else 1
+    images = torch.randn(batch, 3, *_image_size(dense), dtype=_TIMED_DTYPES[place], device=place)
+    calls = forward_calls(models, images)
     timings = time_in_turns(calls, device=place, graphs=True)
-    memory = scratch_bytes(calls["model"], place)
     return {
-        f"{place}_batch": shape[0],
-        f"{place}_ms": timings["model"].median_ms,
-        f"{place}_ms_low": timings["model"].low_ms,
-        f"{place}_ms_high": timings["model"].high_ms,
-        f"{place}_dense_ms": timings["dense"].median_ms,
-        **({} if memory is None else {f"{place}_bytes": memory}),
+        "batch": batch,
+        "ms": timings["model"].median_ms,
+        "ms_low": timings["model"].low_ms,
+        "ms_high": timings["model"].high_ms,
+        "dense_ms": timings["dense"].median_ms,
+        "bytes": scratch_bytes(calls["model"], place),
+        **provenance(place),
     }

@@ -24,8 +24,11 @@ _SETTING = ("method", "keep", "token_keep", "trained")
 def cost_of(row: Row, cost: str) -> float | None:
     """A cost of a row in the unit of `COSTS`, None if it was not measured."""
     macs = row["macs"]
-    value = {"attention": macs["attention"] + macs["scorer"], "total": macs["total"]}.get(cost, row.get(cost))
-    return None if value is None else value * COSTS[cost][1]
+    value = {"attention": macs["attention"] + macs["scorer"], "total": macs["total"]}.get(cost)
+    if value is None:
+        place, _, measured = cost.partition("_")
+        value = row["costs"].get(place, {}).get(measured)
+    return None if value is None else float(value * COSTS[cost][1])
 
 
 def name_of(row: Row) -> str:

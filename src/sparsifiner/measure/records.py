@@ -94,10 +94,15 @@ def append_rows(file: Path, rows: list[Row]) -> list[Row]:
         All rows of the file.
     """
     every = read_rows(file) + rows
-    file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(every, indent=1) + "\n"
-    write_aside(file, lambda aside: aside.write_text(text))
+    write_rows(file, every)
     return every
+
+
+def write_rows(file: Path, rows: list[Row]) -> None:
+    """Writes rows as a JSON list, aside and renamed; those that were there go."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(rows, indent=1) + "\n"
+    write_aside(file, lambda aside: aside.write_text(text))
 
 
 def write_csv(file: Path, rows: list[Row]) -> None:
