@@ -241,6 +241,37 @@ weights filled in, makes the run again.
     return "\n".join(sections)
 
 
+def runs() -> str:
+    """The last validation of every saved run, beside that of its control."""
+    last = {}
+    for file in sorted((RESULTS / "runs").glob("*/metrics.jsonl")):
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        last[file.parent.name] = [record for record in records if record["kind"] == "validation"][-1]
+    body = []
+    for name, record in last.items():
+        suite, seed = name.partition("_control_")[0].partition("_keep_")[0], name.rpartition("_")[2]
+        control = last.get(f"{suite}_control_{seed}")
+        row = [name, record["stage"], f"{record['epoch']:.0f}"]
+        for kind in ("top1", "top1_ema"):
+            value, compared = record.get(kind), (control or {}).get(kind)
+            lost = (
+                ""
+                if value is None or compared is None or control is record
+                else f" ({value - compared:+.2f})"
+            )
+            row.append("" if value is None else f"{value:.2f}{lost}")
+        body.append([*row, "" if record.get("mask_recall") is None else f"{record['mask_recall']:.3f}"])
+    header = ["run", "stage", "epoch", "top-1 (to the control)", "of the averaged weights", "recall"]
+    return f"""## Saved runs
+
+The last validation within each run of `docs/results/runs/`, all validation images, in the dtype that it trained
+in, with the difference to the control of the same suite and seed, not paired. Each folder holds settings and
+measurements, some a scorer to load into the teacher with `--adapter`.
+
+{table(header, body)}
+"""
+
+
 def training_memory() -> str:
     if not (RESULTS / "training_memory.json").exists():
         return ""
@@ -423,7 +454,7 @@ def performance() -> str:
 
 
 def main() -> None:
-    sections = [HEADER, training_free(), training(), published(), memory(), training_memory()]
+    sections = [HEADER, training_free(), training(), runs(), published(), memory(), training_memory()]
     (RESULTS.parent / "results.md").write_text("\n".join(sections))
     (RESULTS.parent / "performance.md").write_text(performance())
     if any(RESULTS.glob("compare_*.json")):

@@ -78,7 +78,9 @@ class RandomScorer(_FixedScorer):
     def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
         N, H = spec.layout.tokens, q.shape[1]
-        stream = _hash(_hash(torch.tensor(self.seed, device=q.device)) + self.layer)
+        # filled on the device: a copy from the host cannot be captured in a CUDA graph
+        seed = torch.full((), self.seed, dtype=torch.int64, device=q.device)
+        stream = _hash(_hash(seed) + self.layer)
         head = _hash(torch.arange(H, device=q.device) + stream).view(1, H, 1, 1)
         token = torch.arange(N, device=q.device)
 
