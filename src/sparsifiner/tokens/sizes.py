@@ -1,7 +1,5 @@
 """Proportional attention: a token that stands for many weighs as many in the softmax."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparsifiner.ops.precision import accumulation_dtype
@@ -31,13 +29,13 @@ def weigh_by_size(
     Source:
         Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, equation 1.
     """
-    more = _STEP - q.shape[-1] % _STEP
-    q, v = F.pad(q, (0, more)), F.pad(v, (0, more))
-    q[..., -1] = 1 / scale
-    log_size = (
-        sizes.to(accumulation_dtype(k.dtype))
-        .log()
-        .to(k.dtype)[:, None, :, None]
-        .expand(-1, k.shape[1], -1, -1)
-    )
-    return q, torch.cat([F.pad(k, (0, more - 1)), log_size], -1), v
+    d = q.shape[-1]
+    log_size = sizes.to(accumulation_dtype(k.dtype)).log().to(k.dtype)[:, None]
+    # written where it belongs: padding fills all of a tensor before it copies
+    wide = q.new_empty(3, *q.shape[:3], d + _STEP - d % _STEP)
+    for index, x in enumerate((q, k, v)):
+        wide[index, ..., :d] = x
+        wide[index, ..., d:] = 0.0
+    wide[0, ..., -1] = 1 / scale
+    wide[1, ..., -1] = log_size
+    return wide[0], wide[1], wide[2]

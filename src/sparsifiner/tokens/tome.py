@@ -73,27 +73,25 @@ class MergingReducer(TokenReducer):
         sizes = x.new_ones(B, N, dtype=torch.float32) if state.sizes is None else state.sizes
         # likeness is compared in fp32 or better, whatever autocast says
         with torch.no_grad(), without_autocast(k.device):
-            key = F.normalize(k[:, :, prefix:].to(accumulation_dtype(k.dtype)).mean(1), dim=-1)  # [B, n, d]
+            key = F.normalize(
+                k[:, :, prefix:].mean(1, dtype=accumulation_dtype(k.dtype)), dim=-1
+            )  # [B, n, d]
             likeness = key[:, ::2] @ key[:, 1::2].mT
             best, partner = likeness.max(-1)  # of every second patch
             order = best.argsort(dim=1, descending=True, stable=True)
             merged, alone = order[:, :r], order[:, r:]
-            target = partner.gather(1, merged)
-        patch, size = x[:, prefix:], sizes[:, prefix:, None]
-        weighted = patch * size.to(x.dtype)
-        source, other = weighted[:, ::2], weighted[:, 1::2]
-        total = size[:, 1::2].scatter_add(1, target[:, :, None], take_tokens(size[:, ::2], merged))
-        other = other.scatter_add(
-            1, target[:, :, None].expand(-1, -1, x.shape[-1]), take_tokens(source, merged)
-        )
-        left = torch.cat([alone * 2, torch.arange(1, patches, 2, device=x.device).expand(B, -1)], 1)
-        sums = torch.cat([take_tokens(source, alone), other], 1)
-        size = torch.cat([take_tokens(size[:, ::2], alone), total], 1)
-        order = state.curve_order(left)
-        sums, size = take_tokens(sums, order), take_tokens(size, order)
-        sizes = torch.cat([sizes[:, :prefix], size.squeeze(-1)], 1)
-        x = torch.cat([x[:, :prefix], sums / size.to(x.dtype)], 1)
-        return x, state.keep(left.gather(1, order), sizes=sizes)
+            into = prefix + 2 * partner.gather(1, merged) + 1
+            merged = prefix + 2 * merged
+            left = torch.cat([2 * alone, torch.arange(1, patches, 2, device=x.device).expand(B, -1)], 1)
+            left = left.gather(1, state.curve_order(left))
+            kept = torch.cat([torch.arange(prefix, device=x.device).expand(B, -1), prefix + left], 1)
+        # every token times the patches that it stands for; what is merged is added where it goes
+        total = x * sizes[:, :, None].to(x.dtype)
+        size = sizes.gather(1, merged)
+        added = take_tokens(x, merged) * size[:, :, None].to(x.dtype)
+        total.scatter_add_(1, into[:, :, None].expand_as(added), added)
+        sizes = sizes.scatter_add(1, into, size).gather(1, kept)
+        return take_tokens(total, kept) / sizes[:, :, None].to(x.dtype), state.keep(left, sizes=sizes)
 
     def macs(self, counts: Counts, prefix: int, width: int, head_dim: int) -> int:
         """See `TokenReducer.macs`: keys of half the patches times those of the other half."""
