@@ -1,4 +1,4 @@
-"""Writes docs/results.md and docs/performance.md from docs/results/*.json: no figure is typed by hand.
+"""Writes the pages of docs/ and the table of README.md from docs/results/*.json: no figure is typed by hand.
 
 python benchmarks/report.py
 """
@@ -121,6 +121,27 @@ def training_free_table(rows: list[dict[str, Any]]) -> str:
         ])  # fmt: skip
     header = ["data", "N", "scorer", "tile", "keep", "summaries", "key visits", "scoring", "top-1"]
     return table([*header, "difference", "agreement", "KL", "tokens"], body)
+
+
+def readme_table() -> str:
+    """The preset fast on Tiny-ImageNet, without training and calibrated."""
+    settings: dict[int, dict[bool, dict[str, Any]]] = {}
+    for row in load("training_free", "suite", "teacher", "group", *SETTING):
+        if row.get("group") == "floors" and row["suite"].startswith("tiny_imagenet"):
+            settings.setdefault(row["tokens"], {})[row["calibrated"]] = row
+    body = []
+    for tokens, rows in sorted(settings.items()):
+        row = rows[False]
+        options = [f"keep={row['keep']:g}", f"tile={row['tile']}", f"summary={row['summary']}"]
+        options += [f"pool={row['pool']}"] if row["pool"] else []
+        lost = [rows[calibrated]["against_dense"] for calibrated in (False, True)]
+        body.append([
+            f"`{', '.join(options)}`",
+            str(tokens),
+            f"{100 * row['key_visits']:.1f} %",
+            *(f"{each['difference']:+.2f} ± {each['interval']:.2f}" for each in lost),
+        ])  # fmt: skip
+    return table(["setting", "tokens", "key visits", "without training", "calibrated, no labels"], body)
 
 
 def published() -> str:
@@ -459,6 +480,10 @@ def main() -> None:
     (RESULTS.parent / "performance.md").write_text(performance())
     if any(RESULTS.glob("compare_*.json")):
         (RESULTS.parent / "peers.md").write_text(comparison())
+    readme = RESULTS.parents[1] / "README.md"
+    before, begin, rest = readme.read_text().partition("<!-- written by benchmarks/report.py -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    readme.write_text(f"{before}{begin}\n{readme_table()}\n\n{end}{after}")
 
 
 if __name__ == "__main__":
