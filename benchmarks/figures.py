@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sparsifiner.viz.svg import write_svg
+
 Row = dict[str, Any]
 _LABELS = {"impact": "impact, falling budgets", "pooled": "pooled, even", "random": "random, even"}
 # what a row costs -> of the sparse model and of the dense one
@@ -52,8 +54,7 @@ def write_curves(file: Path, rows: list[Row]) -> None:
         _finish(divergence, visits, f"{suite}, N = {tokens}")
         for axes in (line[0], divergence):
             axes.set_xscale("log")
-    # without a date the same rows give the same file
-    figure.savefig(file, format="svg", metadata={"Date": None})
+    write_svg(file, figure)
 
 
 def _curves(rows: list[Row]) -> dict[str, list[Row]]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner.files import write_aside
+from sparsifiner.viz.svg import write_svg
 
 _SIZE = (7.5, 4.5)  # inches
 _LOSS_COLOUR = "#e4572e"
@@ -54,8 +54,7 @@ def write_break_even(file: Path, rows: Sequence[Row], benchmark: str) -> None:
     axes.set_ylabel("time of the fastest dense path / ours")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="upper left")
-    # without a date the same rows give the same file
-    write_aside(file, lambda aside: figure.savefig(aside, format="svg", metadata={"Date": None}))
+    write_svg(file, figure)
 
 
 def _lines(rows: Sequence[Row], size: str) -> dict[str, list[Row]]:

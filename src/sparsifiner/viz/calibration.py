@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from sparsifiner.files import write_aside
 from sparsifiner.training.calibration import Calibration
+from sparsifiner.viz.svg import write_svg
 
 _SIZE = (8.0, 4.0)  # inches
 
@@ -37,5 +37,4 @@ def write_calibration(file: Path, report: Calibration) -> None:
     bars.set_ylabel("listed keys")
     bars.legend(fontsize=7)
     bars.set_title(f"error {report.error_before:.3g} before, {report.error:.3g} now", fontsize=9)
-    # without a date the same measurements give the same file
-    write_aside(file, lambda aside: figure.savefig(aside, format="svg", metadata={"Date": None}))
+    write_svg(file, figure)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsifiner.compare.table import COSTS, cost_of, front_of, merge_seeds
-from sparsifiner.files import write_aside
+from sparsifiner.viz.svg import write_svg
 
 _OURS_COLOUR = "#2e86de"
 _PANEL = (4.6, 3.8)  # inches
@@ -72,5 +72,4 @@ def write_pareto(file: Path, rows: Sequence[dict[str, Any]]) -> None:
         axes.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=7)
-    # without a date the same rows give the same file
-    write_aside(file, lambda aside: figure.savefig(aside, format="svg", metadata={"Date": None}))
+    write_svg(file, figure)

@@ -2,12 +2,12 @@
 
 import html
 import importlib.resources
-import io
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from sparsifiner.files import write_aside
+from sparsifiner.viz.svg import svg_of
 
 _SIZE = (5.2, 3.0)  # inches
 _TITLES = {
@@ -63,9 +63,7 @@ def _curve(name: str, records: list[dict[str, Any]]) -> str:
     axes.set_title(_TITLES[name], fontsize=10)
     axes.set_xlabel("epoch")
     axes.grid(alpha=0.3)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
+    svg = svg_of(figure)
     return svg[svg.index("<svg") :]  # without the declarations that only a file of its own has
 
 
