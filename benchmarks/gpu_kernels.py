@@ -75,7 +75,7 @@ def measure(
         qkv = sets[next(turn) % len(sets)]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
         indices = library.select_pooled(q.detach(), k.detach(), side, side, 0, TILE, budget, 0)
-        out = library.attend(q, k, v, indices, side, side, 0, TILE, SUMMARY, HEAD_DIM**-0.5)[0]
+        out = library.attend(q, k, v, indices, None, side, side, 0, TILE, SUMMARY, HEAD_DIM**-0.5)[0]
         torch.autograd.grad(out, qkv, upstream)
 
     times = kernel_times(call, ROUNDS)

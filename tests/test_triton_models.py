@@ -17,6 +17,8 @@ GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 CONFIGS = {
     "impact": {"tile": 4, "summary": 2},
+    "impact, lists for two layers": {"tile": 4, "summary": 2, "share": 2},
+    "impact, no summaries": {"tile": 4, "summary": None},
     "pooled": {"tile": 4, "summary": 2, "scorer": "pooled"},
     "pooled, no summaries": {"tile": 2, "summary": None, "scorer": "pooled"},
     "low-rank by tile": {"tile": 4, "summary": 2, "scorer": "lowrank"},
@@ -26,7 +28,8 @@ CONFIGS = {
 
 def sparse_model(config, backend, **options):
     torch.manual_seed(0)
-    model = make_model("deit distilled", img_size=96, depth=1, **options)
+    depth = CONFIGS[config].get("share", 1)
+    model = make_model("deit distilled", img_size=96, depth=depth, **options)
     model = sparsifiner.sparsify(model, **{"keep": 0.2, **CONFIGS[config]}, backend=backend).to(DEVICE)
     for name, parameter in model.named_parameters():
         if name.endswith("scorer.up"):  # what training leaves is above the threshold

@@ -51,6 +51,9 @@ class Connectivity:
         grid: patches along height and width.
         tile: side of a tile in patches; 1 gives one list per query.
         prefix: number of prefix tokens before the patches.
+        window_means: [2, B, H, windows, d], means over the summary windows of the keys and values that the
+            lists were chosen from, where the scorer has them: attention to these keys need not compute them
+            again. None otherwise.
 
     The entries themselves are not checked: indices outside 0..N-1 other than -1, or the same key twice in
     one list, are undefined behaviour.
@@ -64,6 +67,7 @@ class Connectivity:
     grid: tuple[int, int]
     tile: int = 1
     prefix: int = 0
+    window_means: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Checks shape and dtype; the entries are not read, which would wait for the device."""

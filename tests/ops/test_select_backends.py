@@ -196,7 +196,16 @@ def test_impact_scores_and_their_selection(
     exact = ImpactScorer(pool).scores(q.double(), k.double(), v.double(), spec)[..., prefix:]
     scores = torch.full_like(exact, torch.nan, dtype=torch.float32)
     geometry = (layout, tile, pool, summary, scale)
-    indices = triton_tiles.select_impact(q, k, v, *geometry, budget, prefix, scores)
+    indices, means = triton_tiles.select_impact(q, k, v, *geometry, budget, prefix, scores)
+    for x, found in zip((k, v), means, strict=True):
+        wanted = layout.square_means(x[:, :, prefix:].double(), summary)
+        torch.testing.assert_close(
+            found.double(),
+            wanted,
+            rtol=0,
+            atol=torch.finfo(dtype).eps * x.abs().nan_to_num().max().item(),
+            equal_nan=True,
+        )
     # 16-bit inputs give mean queries in their own dtype and scores in fp16
     eps = 2e-6 if dtype == torch.float32 else torch.finfo(torch.bfloat16 if GPU else dtype).eps
     assert torch.equal(scores.isnan(), exact.isnan())

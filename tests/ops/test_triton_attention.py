@@ -1,5 +1,7 @@
 """The Triton backend against the reference: on a GPU at real sizes, else small ones, interpreted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -265,4 +267,27 @@ def test_operator():
     layout = TokenLayout((4, 6), 1)
     inputs = [x.detach().requires_grad_() for x in make_qkv(layout, heads=1, device=DEVICE)]
     indices = make_connectivity(layout, 0.3, 2, 2, heads=1, device=DEVICE).indices
-    torch.library.opcheck(torch.ops.sparsifiner.attend, (*inputs, indices, 4, 6, 1, 2, 2, 0.25))
+    means = torch.randn(2, 1, 1, 6, inputs[0].shape[-1], device=DEVICE)
+    for given in (None, means):
+        torch.library.opcheck(torch.ops.sparsifiner.attend, (*inputs, indices, given, 4, 6, 1, 2, 2, 0.25))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_given_means_are_those_that_would_be_computed(dtype):
+    layout = TokenLayout((5, 6), 2)
+    inputs = make_qkv(layout, dtype=dtype, device=DEVICE)
+    connectivity = make_connectivity(layout, 0.3, 4, 2, device=DEVICE)
+    upstream = torch.randn_like(inputs[0])
+    means = torch.stack([layout.square_means(x[:, :, 2:].float(), 2) for x in inputs[1:]]).to(dtype)
+    computed = forward_and_gradients("triton", inputs, connectivity, 2, upstream)
+    given = forward_and_gradients("triton", inputs, replace(connectivity, window_means=means), 2, upstream)
+    for one, other in zip(computed, given, strict=True):
+        torch.testing.assert_close(one, other)
+    other = forward_and_gradients(
+        "triton", inputs, replace(connectivity, window_means=means + 1), 2, upstream
+    )
+    assert not torch.allclose(computed[0], other[0], atol=1e-2)  # they are what is attended to
+    without = forward_and_gradients(
+        "triton", inputs, replace(connectivity, window_means=means + 1), None, upstream
+    )
+    assert torch.equal(without[0], forward_and_gradients("triton", inputs, connectivity, None, upstream)[0])

@@ -167,8 +167,8 @@ def select_impact(
     scale: float,
     budget: int,
     forced: int,
-) -> Tensor:
-    """Lists of the scores of `ImpactScorer`; q, k and v [B, H, N, d]."""
+) -> tuple[Tensor, Tensor]:
+    """Lists of the scores of `ImpactScorer`, and window means as `attend` takes; q, k and v [B, H, N, d]."""
     layout = TokenLayout((grid_height, grid_width), prefix)
     with _device_of(q):
         return triton_tiles.select_impact(q, k, v, layout, tile, pool, summary, scale, budget, forced)
@@ -188,9 +188,10 @@ def _(
     scale: float,
     budget: int,
     forced: int,
-) -> Tensor:
-    rows = TokenLayout((grid_height, grid_width), prefix).squares(tile)
-    return q.new_empty((*q.shape[:2], rows, budget), dtype=torch.int32)
+) -> tuple[Tensor, Tensor]:
+    layout = TokenLayout((grid_height, grid_width), prefix)
+    indices = q.new_empty((*q.shape[:2], layout.squares(tile), budget), dtype=torch.int32)
+    return indices, k.new_empty(2, *k.shape[:2], layout.squares(summary), k.shape[-1])
 
 
 @torch.library.custom_op("sparsifiner::attend", mutates_args=())
@@ -199,6 +200,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     indices: Tensor,
+    means: Tensor | None,
     grid_height: int,
     grid_width: int,
     prefix: int,
@@ -206,10 +208,13 @@ def attend(
     summary: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Attention over lists and summaries (side 0 for none): the result and what its backward needs."""
+    """Attention over lists and summaries (side 0 for none): the result and what its backward needs.
+
+    Means of keys and values over the windows [2, B, H, windows, d] are taken as they are, or computed.
+    """
     problem = _problem(grid_height, grid_width, prefix, tile, summary, scale)
     with _device_of(q):
-        return triton_attention.attend(q, k, v, indices, problem)
+        return triton_attention.attend(q, k, v, indices, means, problem)
 
 
 @attend.register_fake
@@ -218,6 +223,7 @@ def _(
     k: Tensor,
     v: Tensor,
     indices: Tensor,
+    means: Tensor | None,
     grid_height: int,
     grid_width: int,
     prefix: int,
@@ -230,7 +236,7 @@ def _(
     return (
         q.new_empty(B, N, H, d).transpose(1, 2),
         q.new_empty(B, H, N, dtype=torch.float32),
-        k.new_empty(2, B, H, problem.windows, d),
+        k.new_empty(2, B, H, problem.windows, d) if means is None else k.new_empty(0),
         k.new_empty(B, H, problem.rows, problem.windows, dtype=problem.count_dtype),
     )
 
@@ -397,14 +403,16 @@ def _(q: Tensor, *unused: Any) -> Tensor:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:4], *output)
-    ctx.problem = inputs[4:]
+    q, k, v, indices, means, *problem = inputs
+    out, log_weight, computed, missing = output
+    ctx.save_for_backward(q, k, v, indices, out, log_weight, computed if means is None else means, missing)
+    ctx.problem = problem
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, d_out: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-    without_gradient = (None,) * (1 + len(ctx.problem))
+    without_gradient = (None,) * (2 + len(ctx.problem))
     if d_out is None:
         return (None, None, None, *without_gradient)
     return (*attend_backward(d_out, *ctx.saved_tensors, *ctx.problem), *without_gradient)
@@ -425,7 +433,14 @@ def _attend_flops(
     return 2 * products * int(B * H * visits * d)
 
 
-@register_flop_formula([torch.ops.sparsifiner.attend, torch.ops.sparsifiner.attend_cpu])
+@register_flop_formula(torch.ops.sparsifiner.attend)
+def _(
+    q: torch.Size, k: torch.Size, v: torch.Size, indices: torch.Size, means: Any, *problem: Any, **unused: Any
+) -> int:
+    return _attend_flops(q, k, v, indices, *problem)
+
+
+@register_flop_formula(torch.ops.sparsifiner.attend_cpu)
 def _(*shapes: Any, **unused: Any) -> int:
     return _attend_flops(*shapes)
 

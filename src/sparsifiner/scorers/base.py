@@ -114,7 +114,9 @@ class Scorer(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} has nothing to learn; train a low-rank scorer")
 
-    def fused_lists(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str) -> Tensor | None:
+    def fused_lists(
+        self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str
+    ) -> Connectivity | None:
         """Lists from kernels that keep the scores to themselves; None where scores must be written.
 
         Args:
@@ -125,7 +127,7 @@ class Scorer(nn.Module):
             backend: "triton" or "cpu".
 
         Returns:
-            int32 [B, H, rows, k] as `select_topk` gives.
+            Lists as `select_topk` gives.
         """
         return None
 
@@ -158,7 +160,7 @@ class Scorer(nn.Module):
                 chosen = resolve_backend(spec.backend, self.FUSED_OP, q.device)
                 fused = self.fused_lists(q, k, v, spec, chosen) if chosen in {"triton", "cpu"} else None
                 if fused is not None:
-                    return Connectivity(fused, spec.layout.grid, spec.tile, spec.layout.prefix)
+                    return fused
             own = spec.layout.square_tokens(spec.tile, q.device)
             scores = self.row_scores(q, k, v, spec)
             if spec.present is not None:

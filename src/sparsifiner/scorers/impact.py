@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsifiner.config import SparsifyConfig
+from sparsifiner.connectivity import Connectivity
 from sparsifiner.ops import library
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
@@ -105,15 +106,23 @@ class ImpactScorer(Scorer):
     def _window_side(spec: ListSpec) -> int:
         return spec.summary or max(spec.layout.grid)
 
-    def fused_lists(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str) -> Tensor | None:
+    def fused_lists(
+        self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str
+    ) -> Connectivity | None:
         """See `Scorer.fused_lists`."""
         if library.why_no_kernel(backend, q) or (backend == "triton" and spec.tile == 1):
             return None
         layout, pool = spec.layout, self.pool_side(spec)
         geometry = (*layout.grid, layout.prefix, spec.tile, pool, self._window_side(spec))
-        select = library.select_impact if backend == "triton" else library.select_impact_cpu
-        listed: Tensor = select(q, k, v, *geometry, spec.scale, spec.budget, spec.forced)
-        return listed
+        sizes = (spec.scale, spec.budget, spec.forced)
+        means: Tensor | None = None
+        if backend == "triton":
+            listed, means = library.select_impact(q, k, v, *geometry, *sizes)
+        else:
+            listed = library.select_impact_cpu(q, k, v, *geometry, *sizes)
+        # without summaries nobody asks for the mean of all patches
+        means = None if spec.summary is None else means
+        return Connectivity(listed, layout.grid, spec.tile, layout.prefix, means)
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """See `Scorer.macs`: products of mean queries with all keys, and with prefix and windows for Z."""

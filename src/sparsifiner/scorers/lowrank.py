@@ -157,7 +157,9 @@ class LowRankScorer(Scorer):
 
         return scores
 
-    def fused_lists(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str) -> Tensor | None:
+    def fused_lists(
+        self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str
+    ) -> Connectivity | None:
         """See `Scorer.fused_lists`."""
         if self.legacy or spec.origin is not None or library.why_no_kernel(backend, q):
             return None
@@ -177,7 +179,7 @@ class LowRankScorer(Scorer):
         sizes = (self.temperature, kept, spec.budget, spec.forced)
         select = library.select_lowrank if backend == "triton" else library.select_lowrank_cpu
         listed: Tensor = select(q, k, *weights, *geometry, *sizes)
-        return listed
+        return Connectivity(listed, layout.grid, spec.tile, layout.prefix)
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """See `Scorer.macs`: projections, k_down, coefficients and the sparse product, in this order."""

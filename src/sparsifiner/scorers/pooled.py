@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from sparsifiner.connectivity import Connectivity
 from sparsifiner.ops import library
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
@@ -22,14 +23,16 @@ class PooledScorer(Scorer):
         key = k.to(accurate).mT
         return lambda start, stop: query[:, :, start:stop] @ key
 
-    def fused_lists(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str) -> Tensor | None:
+    def fused_lists(
+        self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str
+    ) -> Connectivity | None:
         """See `Scorer.fused_lists`; on a CPU the scores are few and written."""
         if backend == "cpu" or library.why_no_kernel(backend, q) or spec.tile == 1:
             return None
         layout = spec.layout
         geometry = (*layout.grid, layout.prefix, spec.tile)
         listed: Tensor = library.select_pooled(q, k, *geometry, spec.budget, spec.forced)
-        return listed
+        return Connectivity(listed, layout.grid, spec.tile, layout.prefix)
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """See `Scorer.macs`."""

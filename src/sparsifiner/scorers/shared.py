@@ -1,6 +1,7 @@
 """Lists that several layers share: one layer scores, those behind it attend by the same lists."""
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ class SharedLists:
         self._call = threading.local()
 
     def put(self, connectivity: Connectivity | None) -> None:
-        """Holds lists for the layers behind; None lets them go."""
-        self._call.connectivity = connectivity
+        """Holds lists for the layers behind, whose keys and values have other means; None lets them go."""
+        self._call.connectivity = None if connectivity is None else replace(connectivity, window_means=None)
 
     def get(self) -> Connectivity:
         """The lists of this thread's call.

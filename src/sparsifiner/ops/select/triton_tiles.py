@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops.select.triton_backend import OwnTokens, launch_select, padded_length
-from sparsifiner.ops.triton_means import square_means
+from sparsifiner.ops.triton_means import square_means, window_statistics
 
 # Bytes of scores that exist at once: these, or about those of q, which the output needs later anyway.
 _SCRATCH_BYTES = 6 * 2**20
@@ -82,7 +82,7 @@ def select_impact(
     budget: int,
     forced: int,
     scores: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Lists by the scores of `sparsifiner.scorers.ImpactScorer`.
 
     Scores are fp32 for fp32 inputs and rounded to fp16 for 16-bit ones: logarithms need precision, not range.
@@ -101,20 +101,22 @@ def select_impact(
         scores: [B, H, rows, N - forced] to write the scores of the other keys to, for tests.
 
     Returns:
-        int32 [B, H, rows, budget], ascending, -1 last.
+        int32 [B, H, rows, budget], ascending, -1 last, and the means of keys and values over the windows,
+        [2, B, H, windows, d].
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     mean_q = square_means(q, layout, pool)[0]
-    log_mass = None if pool == tile else _log_mass(mean_q, k, layout, summary, scale)
-    deviation = _log_deviation(v, layout, summary)
-    queries = TileQueries(mean_q, layout, tile, pool, scale, log_mass, deviation)
-    return _select(queries, k, budget, forced, torch.float16, scores)
+    means, log_deviation = window_statistics(k, v, layout, summary)
+    log_mass = None if pool == tile else _log_mass(mean_q, k, means[0], layout, summary, scale)
+    queries = TileQueries(mean_q, layout, tile, pool, scale, log_mass, log_deviation)
+    return _select(queries, k, budget, forced, torch.float16, scores), means
 
 
-def _log_mass(mean_q: Tensor, k: Tensor, layout: TokenLayout, summary: int, scale: float) -> Tensor:
+def _log_mass(
+    mean_q: Tensor, k: Tensor, mean_k: Tensor, layout: TokenLayout, summary: int, scale: float
+) -> Tensor:
     """Log of a mean query's softmax denominator over prefix keys and windows: fp32 [B, H, squares]."""
     B, H, squares, d = mean_q.shape
-    mean_k = square_means(k, layout, summary)[0]
     log_mass = torch.empty(B, H, squares, dtype=torch.float32, device=k.device)
     block_r = max(16, min(64, triton.next_power_of_2(squares)))
     if B * H:
@@ -128,25 +130,6 @@ def _log_mass(mean_q: Tensor, k: Tensor, layout: TokenLayout, summary: int, scal
             BLOCK_D=max(16, triton.next_power_of_2(d)),
         )
     return log_mass
-
-
-def _log_deviation(v: Tensor, layout: TokenLayout, summary: int) -> Tensor:
-    """Log of the distance of each value from its window's mean: fp32 [B, H, N], 0 for prefix tokens."""
-    B, H, N, d = v.shape
-    log_deviation = torch.empty(B, H, N, dtype=torch.float32, device=v.device)
-    log_deviation[:, :, : layout.prefix] = 0.0
-    block_d = max(16, triton.next_power_of_2(d))
-    rows = layout.square_shape(summary)[0]
-    if B * H:
-        log_deviation_kernel[(layout.squares(summary) * B * H,)](
-            *(v, log_deviation, *v.stride()[:3], B * H, H, N, *layout.grid, layout.prefix, d),
-            SIDE=summary,
-            ROWS=rows,
-            BLOCK_S=min(max(1, 4096 // block_d), triton.next_power_of_2(rows * summary)),
-            BLOCK_D=block_d,
-            num_warps=2,
-        )
-    return log_deviation
 
 
 def _select(
@@ -300,47 +283,3 @@ def log_mass_kernel(
         log_count = tl.where(is_key, tl.log(count), -float("inf"))
         best, weight = _add_mass(query, key, log_count, best, weight, scale)
     tl.store(log_mass + pair * squares + row, best + tl.log(weight), mask=is_row)
-
-
-@triton.jit
-def log_deviation_kernel(
-    v,  # [B, H, N, d]
-    log_deviation,  # fp32 [B * H, N]
-    v_batch, v_head, v_token,
-    pairs, H, N, GRID_H, GRID_W, PREFIX, HEAD_DIM,
-    SIDE: tl.constexpr,
-    ROWS: tl.constexpr,  # of a whole window: its side, or that of the grid if that is smaller
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One window: its mean value, then the distance of each of its values from it."""
-    window = tl.program_id(0) // pairs
-    pair = (tl.program_id(0) % pairs).to(tl.int64)
-    columns = tl.cdiv(GRID_W, SIDE)
-    dim = tl.arange(0, BLOCK_D)
-    height = tl.minimum(GRID_H - window // columns * SIDE, SIDE)
-    width = tl.minimum(GRID_W - window % columns * SIDE, SIDE)
-    first = PREFIX + window // columns * SIDE * GRID_W + window % columns * SIDE
-    v += pair // H * v_batch + pair % H * v_head
-    total = tl.zeros([BLOCK_D], tl.float32)
-    for start in range(0, ROWS * SIDE, BLOCK_S):
-        token, inside = _members(start, first, height, width, GRID_W, SIDE, BLOCK_S)
-        mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
-        total += tl.sum(
-            tl.load(v + token[:, None] * v_token + dim[None, :], mask=mask, other=0.0).to(tl.float32), 0
-        )
-    mean = total / (height * width)
-    for start in range(0, ROWS * SIDE, BLOCK_S):
-        token, inside = _members(start, first, height, width, GRID_W, SIDE, BLOCK_S)
-        mask = inside[:, None] & (dim < HEAD_DIM)[None, :]
-        value = tl.load(v + token[:, None] * v_token + dim[None, :], mask=mask, other=0.0).to(tl.float32)
-        distance = tl.where(mask, value - mean[None, :], 0.0)
-        tl.store(log_deviation + pair * N + token, 0.5 * tl.log(tl.sum(distance * distance, 1)), mask=inside)
-
-
-@triton.jit
-def _members(start, first, height, width, GRID_W, SIDE: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Tokens, int64, of BLOCK_S members of a window, and which of them are there."""
-    member = start + tl.arange(0, BLOCK_S)
-    row, column = member // SIDE, member % SIDE
-    return (first + row * GRID_W + column).to(tl.int64), (row < height) & (column < width)

@@ -98,7 +98,8 @@ def sparse_attention(
             return native
         if scale < 0:  # kernels take the largest product for that of the largest logit
             q, scale = -q, -scale
-        out: Tensor = library.attend(q, k, v, connectivity.indices, *geometry, scale)[0]
+        means = connectivity.window_means if summary else None
+        out: Tensor = library.attend(q, k, v, connectivity.indices, means, *geometry, scale)[0]
         return out
 
 

@@ -99,7 +99,7 @@ class Problem:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, problem: Problem
+    q: Tensor, k: Tensor, v: Tensor, indices: Tensor, means: Tensor | None, problem: Problem
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The forward pass.
 
@@ -108,16 +108,24 @@ def attend(
         k: keys.
         v: values.
         indices: int32 [B, H, rows, keys].
+        means: mean keys and values of the windows [2, B, H, W, d], None if they are still to be computed.
         problem: the sizes.
 
     Returns:
         `out` [B, H, N, d] and what the backward needs: log2 of the softmax's denominators, fp32
-        [B, H, N], mean keys and values [2, B, H, W, d], and the tokens of each window that each list lacks
-        [B, H, rows, W].
+        [B, H, N], the means, or nothing where they were given, and the tokens of each window that each list
+        lacks [B, H, rows, W].
     """
     B, H, N, d = q.shape
     q, k, v, indices = _rows(q), _rows(k), _rows(v), indices.contiguous()
-    means, missing = _summaries(k, v, indices, problem)
+    given = means is not None
+    if means is None:
+        means = (
+            square_means(k, problem.layout, problem.summary, v)
+            if problem.summary
+            else k.new_empty(2, B, H, 0, d)
+        )
+    missing = _missing(indices, problem)
     lists = _lists(indices, problem)
     out = torch.empty(B, N, H, d, dtype=q.dtype, device=q.device).transpose(1, 2)
     log_weight = torch.empty(B, H, N, dtype=torch.float32, device=q.device)
@@ -141,7 +149,7 @@ def attend(
             BLOCK_S=triton.next_power_of_2(splits),
             BLOCK_D=_block_d(q),
         )
-    return out, log_weight, means, missing
+    return out, log_weight, k.new_empty(0) if given else means, missing
 
 
 def attend_backward(
@@ -163,7 +171,7 @@ def attend_backward(
         k: keys.
         v: values.
         indices: int32 [B, H, rows, keys].
-        saved: what `attend` returned.
+        saved: what `attend` returned, with the means.
         problem: the sizes.
         deterministic: keep what each list sends to each key and add it up in the order of the rows, in
             memory [B, H, rows, keys, d], instead of by atomics.
@@ -225,21 +233,20 @@ def attend_backward(
     return d_q, d_k, d_v
 
 
-def _summaries(k: Tensor, v: Tensor, indices: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """Mean keys and values of the windows, and the tokens of each that each list lacks."""
-    B, H = k.shape[:2]
+def _missing(indices: Tensor, problem: Problem) -> Tensor:
+    """Tokens of each window that each list lacks."""
+    B, H = indices.shape[:2]
     side, windows, layout = problem.summary, problem.windows, problem.layout
-    missing = torch.empty(B, H, problem.rows, windows, dtype=problem.count_dtype, device=k.device)
-    if not side:
-        return k.new_empty(2, B, H, 0, k.shape[-1]), missing
-    missing_kernel[(B * H * problem.rows,)](
-        *(indices, missing, indices.shape[-1], *layout.grid, layout.prefix, windows),
-        SIDE=side,
-        BLOCK_N=min(1024, triton.next_power_of_2(indices.shape[-1])),
-        BLOCK_W=triton.next_power_of_2(windows),
-        num_warps=2,
-    )
-    return square_means(k, layout, side, v), missing
+    missing = torch.empty(B, H, problem.rows, windows, dtype=problem.count_dtype, device=indices.device)
+    if side:
+        missing_kernel[(B * H * problem.rows,)](
+            *(indices, missing, indices.shape[-1], *layout.grid, layout.prefix, windows),
+            SIDE=side,
+            BLOCK_N=min(1024, triton.next_power_of_2(indices.shape[-1])),
+            BLOCK_W=triton.next_power_of_2(windows),
+            num_warps=2,
+        )
+    return missing
 
 
 def _entries_by_token(q: Tensor, indices: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
