@@ -8,13 +8,17 @@ import json
 from typing import Any
 
 import numpy as np
+import yaml
 from figures import write_curves
 from provenance import RESULTS
 from published import rows as published_rows
 
-from sparsifiner.compare.table import COSTS, cost_of, front_of, merge_seeds, name_of
+from sparsifiner.compare.methods import METHODS
+from sparsifiner.compare.table import comparison_lines, three_figures
 from sparsifiner.viz.pareto import write_pareto
 
+CONFIGS = RESULTS.parents[1] / "configs" / "compare"
+DTYPES = {"cuda": "bf16", "cpu": "fp32"}
 HEADER = """# Results
 
 Every figure here was written by `python benchmarks/report.py` from the measurements in
@@ -102,7 +106,9 @@ def training_free_table(rows: list[dict[str, Any]]) -> str:
     body = []
     for row in rows:
         against, side = row["against_dense"], row["summary"]
-        budgets = "calibrated" if row.get("calibrated") else row.get("profile", "even")
+        budgets = row.get("profile", "even")
+        if row.get("calibrated"):
+            budgets = "calibrated" + (" from even" if budgets == "even" else "")
         scoring, cosine = row.get("scoring_share"), against.get("token_cosine")
         body.append([
             row.get("suite", "tiny_imagenet"),
@@ -126,22 +132,28 @@ def training_free_table(rows: list[dict[str, Any]]) -> str:
 def readme_table() -> str:
     """The preset fast on Tiny-ImageNet, without training and calibrated."""
     settings: dict[int, dict[bool, dict[str, Any]]] = {}
+    times: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in load("training_free", "suite", "teacher", "group", *SETTING):
         if row.get("group") == "floors" and row["suite"].startswith("tiny_imagenet"):
             settings.setdefault(row["tokens"], {})[row["calibrated"]] = row
+        if row.get("group") == "sweep":
+            times[row["tokens"], *(row[name] for name in SETTING)] = row["milliseconds"]
     body = []
     for tokens, rows in sorted(settings.items()):
         row = rows[False]
         options = [f"keep={row['keep']:g}", f"tile={row['tile']}", f"summary={row['summary']}"]
         options += [f"pool={row['pool']}"] if row["pool"] else []
         lost = [rows[calibrated]["against_dense"] for calibrated in (False, True)]
+        timed = times.get((tokens, *(row[name] for name in SETTING)))
         body.append([
             f"`{', '.join(options)}`",
             str(tokens),
             f"{100 * row['key_visits']:.1f} %",
             *(f"{each['difference']:+.2f} ± {each['interval']:.2f}" for each in lost),
+            "" if timed is None else f"{timed['dense']['median_ms'] / timed['sparse']['median_ms']:.2f}x",
         ])  # fmt: skip
-    return table(["setting", "tokens", "key visits", "without training", "calibrated, no labels"], body)
+    header = ["setting", "tokens", "key visits", "without training", "calibrated, no labels"]
+    return table([*header, "speed on an H200, bf16"], body)
 
 
 def published() -> str:
@@ -213,7 +225,7 @@ def training() -> str:
 
 The paper's two stages: the scorer learns the attention of the dense teacher, then the backbone learns to do
 with what the scorer chooses; suites named "fast" have the second alone. The control is the dense teacher
-trained on by the second stage's recipe, equally long. "Before" is top-1 after the first stage, "to the control" has
+trained on by the second stage's recipe, equally long. "Before" is top-1 after the first stage, of the control that of the teacher, "to the control" has
 the paired 95 % interval, key visits are (listed keys + summary keys) / N, recall is the share of the model's own
 dense attention on the listed keys, images/s are those of the stages, measured beside up to as many other runs on the
 same device as it says. Seed 0 unless it says another, last weights, all validation images. Settings and measurements
@@ -231,7 +243,7 @@ weights filled in, makes the run again.
                 ("dense control" if row["keep"] is None else f"{row['keep']:g}")
                 + (f", {row['variant']}" if row.get("variant") else "")
                 + (f", seed {row['seed']}" if row["seed"] else ""),
-                f"{row['dense_top1'] if before is None else before:.2f}",
+                "" if before is None and row["keep"] is not None else f"{before or row['dense_top1']:.2f}",
                 f"{row['top1']:.2f}",
                 "" if row["keep"] is None else difference_of(row, own),
                 f"{row['against_teacher']['agreement']:.1f} %",
@@ -327,11 +339,6 @@ row by more than {100 * worst:.0f} %: linear in N·k. At these sizes it takes mo
 """
 
 
-def figures(value: float) -> str:
-    """Three figures."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
 def speed(table_name: str, title: str, text: str) -> str:
     """One table of `benchmarks/speed.py`: every sparse row beside the fastest dense one of its run."""
     if not (RESULTS / f"{table_name}.json").exists():
@@ -352,8 +359,8 @@ def speed(table_name: str, title: str, text: str) -> str:
             row["dtype"],
             f"{row['keep']:g}",
             "" if row["threads"] is None else str(row["threads"]),
-            f"{figures(row['ratio'] * row['median_ms'])} ({row['baseline'].removeprefix('dense: ')})",
-            f"{figures(row['median_ms'])} ({figures(row['low_ms'])} to {figures(row['high_ms'])})",
+            f"{three_figures(row['ratio'] * row['median_ms'])} ({row['baseline'].removeprefix('dense: ')})",
+            f"{three_figures(row['median_ms'])} ({three_figures(row['low_ms'])} to {three_figures(row['high_ms'])})",
             f"**{row['ratio']:.2f}x**" if row["ratio"] >= 1 else f"{row['ratio']:.2f}x",
             "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2**20:.1f} MiB",
             f"`{row['command']}`",
@@ -385,8 +392,8 @@ def gpu_kernels() -> str:
         body.append([
             f"{row['tokens']:,}",
             row["kernel"].removesuffix("_kernel"),
-            figures(row["milliseconds"]),
-            f"{figures(row['floor_milliseconds'])} ({'memory' if by_bandwidth else 'products'})",
+            three_figures(row["milliseconds"]),
+            f"{three_figures(row['floor_milliseconds'])} ({'memory' if by_bandwidth else 'products'})",
             f"{row['share_of_bandwidth']:.0%}",
             f"{row['share_of_rate']:.0%}",
             f"{row['sent_per_second'] / 1e12:.1f} TB/s",
@@ -414,33 +421,38 @@ def comparison() -> str:
         rows = json.loads(file.read_text())
         picture = RESULTS.parent / f"{file.stem}.svg"
         write_pareto(picture, rows)
-        merged = sorted(merge_seeds(rows), key=lambda row: row["macs"]["total"])
-        costs = [cost for cost in COSTS if any(cost_of(row, cost) is not None for row in merged)]
-        fronts = {cost: front_of(merged, cost) for cost in costs}
-        body = []
-        for index, row in enumerate(merged):
-            compared = row["difference"] is not None and row["method"] != "dense"
-            body.append([
-                f"**{name_of(row)}**" if row["ours"] else name_of(row),
-                str(row["seeds"]),
-                f"{row['top1']:.2f}",
-                f"{row['difference']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})" if compared else "",
-                *(
-                    "" if (value := cost_of(row, cost)) is None
-                    else f"{figures(value)}{' *' if index in fronts[cost] else ''}"
-                    for cost in costs
-                ),
-            ])  # fmt: skip
-        header = ["method", "seeds", "top-1", "to dense (95 %)", *(COSTS[cost][0] for cost in costs)]
+        header, lines = comparison_lines(rows)
+        body = [[f"**{line[0][2:]}**" if line[0].startswith("+ ") else line[0], *line[1:]] for line in lines]
+        settings = yaml.safe_load(
+            (CONFIGS / f"{file.stem.replace('compare', 'tiny_imagenet')}.yaml").read_text()
+        )
+        geometry = ", ".join(
+            f"{name} {settings[name]}" for name in ("tile", "summary", "pool") if name in settings
+        )
+        timed = sorted({
+            f"{cost['device']} with batch {cost['batch']} in {DTYPES[place]} (torch {cost['torch']}, commit {cost['commit']})"
+            for row in rows for place, cost in row["costs"].items()
+        })  # fmt: skip
+        absent = sorted(set(METHODS) - {row["method"] for row in rows}) if "methods" not in settings else []
         sections.append(
             f"""## N = {rows[0]["tokens"]}, {rows[0]["images"]:,} validation images
 
 Every method starts from one dense model and is trained alike; "dense" is that model trained on alike, or, among
 untrained rows, as it is. Differences to it are of top-1 points, with the bootstrap interval over images, right
-answers averaged over seeds. A star marks what no other row beats in top-1 at the same cost or less; bounds, which
-compute dense attention to choose, do not compete. Ours are bold.
+answers averaged over seeds. Ours, in bold, have {
+                geometry
+            }, summaries and budgets that fall with depth; patterns,
+oracle and "paper" are as published: even budgets and no summaries, which is why even the oracle, which computes
+dense attention to choose, is no bound of ours. Key visits are (listed keys + summary keys) / N. A star marks what no
+other row beats in top-1 at the same cost or less, intervals aside; the oracle does not compete.
 
-`sparsifiner compare --config configs/compare/{file.stem.replace("compare", "tiny_imagenet")}.yaml` ({source_of(rows)})
+Each setting was timed alone and beside the dense model, not compiled: on {"; ".join(timed)}.{
+                f" Not measured yet: {', '.join(absent)}." if absent else ""
+            } An empty cell was not measured.
+
+`sparsifiner compare --config configs/compare/{file.stem.replace("compare", "tiny_imagenet")}.yaml` ({
+                source_of(rows)
+            })
 
 ![Top-1 against costs]({picture.name})
 
@@ -483,6 +495,8 @@ def main() -> None:
     readme = RESULTS.parents[1] / "README.md"
     before, begin, rest = readme.read_text().partition("<!-- written by benchmarks/report.py -->\n")
     _, end, after = rest.partition("<!-- end -->")
+    if not begin or not end:
+        raise SystemExit(f"{readme} has lost the marks around its table; put them back")
     readme.write_text(f"{before}{begin}\n{readme_table()}\n\n{end}{after}")
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,8 @@ _OF_NO_EFFECT = ("workers", "accumulate", "log_every", "checkpoint_every", "seed
 # what tells what a model costs, and one row from another
 _SETTING = ("method", "keep", "token_keep")
 _KEYS = (*_SETTING, "trained", "seed")
+# images that tell one data set from another
+_LOOKED_AT = 64
 _TIMED_DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
@@ -88,11 +91,20 @@ class Comparison:
                 f"keep has {len(keeps)} entries, but token_keep has {len(tokens)}, and {both[0]} takes one "
                 "of each; give as many, or leave it out"
             )
-        if self.tile < 1 or self.summary < 1 or (self.pool is not None and self.tile % self.pool):
+        if not list(_settings(self)):
+            raise ValueError(
+                f"untrained={self.untrained} and trained={self.trained} leave no row of {self.methods}; "
+                "methods that must learn first have only trained ones"
+            )
+        pool = self.tile if self.pool is None else self.pool
+        if min(self.tile, self.summary, pool) < 1 or self.tile % pool:
             raise ValueError(
                 f"tile={self.tile}, summary={self.summary} and pool={self.pool} must be at least 1, and pool "
                 "a divisor of tile"
             )
+        self._check_timing()
+
+    def _check_timing(self) -> None:
         for device in self.listed("timed_on"):
             if device not in _TIMED_DTYPES:
                 raise ValueError(f"timed_on={device!r} is unknown; choose from {', '.join(_TIMED_DTYPES)}")
@@ -146,7 +158,10 @@ def compare(
     Returns:
         All rows of the folder. Their "right" tells image by image who was right, as hexadecimal bits.
     """
-    assert isinstance(dense, VisionTransformer)
+    if not isinstance(dense, VisionTransformer):
+        raise ValueError(f"dense must be a timm VisionTransformer, got {type(dense).__name__}")
+    for name, budget in dict.fromkeys((name, budget) for name, budget, *_ in _settings(comparison)):
+        METHODS[name].build(copy.deepcopy(dense), budget, comparison.geometry)  # rather now than after hours
     output = Path(output)
     settings = _settings_of(dense, images, validation, recipe, comparison)
     _check_folder(output, settings)
@@ -220,7 +235,9 @@ def time_settings(dense: VisionTransformer, comparison: Comparison, file: Path) 
     """Times each setting of a file's rows once, with the dense weights, wherever that is still to be done.
 
     Time depends on the setting, not on the weights: trained rows of all seeds share it with the untrained
-    one. So rows may come from machines that were busy, and be timed on one that is not.
+    one. (With one list per query lists of neighbours overlap more once a scorer has learned, so that trained
+    models are a little faster on a GPU than this says.) So rows may come from machines that were busy, and be
+    timed on one that is not; times of another batch or device are measured again.
 
     Returns:
         The rows, with "costs" of each place: milliseconds of a batch, those of the dense model in the same
@@ -228,22 +245,24 @@ def time_settings(dense: VisionTransformer, comparison: Comparison, file: Path) 
     """
     default = ["cuda" if torch.cuda.is_available() else "cpu"]
     places = default if comparison.timed_on is None else comparison.listed("timed_on")
-    rows = read_rows(file)
-    settings: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        settings.setdefault(tuple(row[name] for name in _SETTING), []).append(row)
-    for (name, *shares), own in settings.items():
-        for place in places:
-            known = next((row["costs"][place] for row in own if place in row["costs"]), None)
-            if known is not None and all(place in row["costs"] for row in own):
-                continue
-            if known is None:
-                model = METHODS[name].build(copy.deepcopy(dense), Budget(*shares), comparison.geometry)
-                known = _cost_on(place, {"model": model.eval(), "dense": dense}, comparison, dense)
-            for row in own:
+    settings = {tuple(row[name] for name in _SETTING) for row in read_rows(file)}
+    for setting, place in itertools.product(sorted(settings, key=str), places):
+        own = [row for row in read_rows(file) if tuple(row[name] for name in _SETTING) == setting]
+        expected = {"batch": _batch_on(place, comparison), "device": provenance(place)["device"]}
+        costs = [row["costs"].get(place, {}) for row in own]
+        known = next((cost for cost in costs if cost.items() >= expected.items()), None)
+        if known is not None and all(cost == known for cost in costs):
+            continue
+        if known is None:
+            name, *shares = setting
+            model = METHODS[name].build(copy.deepcopy(dense), Budget(*shares), comparison.geometry)
+            known = _cost_on(place, {"model": model.eval(), "dense": dense}, comparison, dense)
+        rows = read_rows(file)  # others may have added some meanwhile
+        for row in rows:
+            if tuple(row[name] for name in _SETTING) == setting:
                 row["costs"][place] = known
-            write_rows(file, rows)
-    return rows
+        write_rows(file, rows)
+    return read_rows(file)
 
 
 def pack_bits(right: Tensor) -> str:
@@ -258,15 +277,19 @@ def unpack_bits(text: str, count: int) -> np.ndarray:
 
 
 def _settings(comparison: Comparison) -> Iterator[tuple[str, Budget, bool, int]]:
-    """Every row wanted: all methods once before more seeds, so that a first picture is there early."""
+    """Every row wanted, once: all methods before more seeds, so that a first picture is there early."""
     seeds = comparison.listed("seeds")
     kinds = [(False, seeds[:1] if comparison.untrained else []), (True, seeds if comparison.trained else [])]
+    seen = set()
     for trained, own_seeds in kinds:
         for seed, name in itertools.product(own_seeds, comparison.listed("methods")):
             method: Method = METHODS[name]
             if trained or method.untrained:
                 for budget in method.budgets(comparison.listed("keep"), comparison.listed("token_keep")):
-                    yield name, budget, trained, seed
+                    setting = (name, budget, trained, seed)
+                    if setting not in seen:
+                        seen.add(setting)
+                        yield setting
 
 
 def _settings_of(
@@ -275,8 +298,15 @@ def _settings_of(
     """What all rows of a folder must share; methods, budgets and seeds may be added."""
     shared = {name: getattr(comparison, name) for name in ("tile", "summary", "pool")}
     own = {name: value for name, value in recipe_settings(recipe).items() if name not in _OF_NO_EFFECT}
-    counts = {"images": len(images), "validation_images": len(validation)}
+    counts = {"images": _describe(images), "validation_images": _describe(validation)}
     return {"dense": weights_digest(dense), **counts, **shared, "recipe": own}
+
+
+def _describe(images: ImageSet) -> str:
+    """Number of images, and a digest of the classes and of sizes and labels of some of them."""
+    some = [images[index] for index in range(0, len(images), max(1, len(images) // _LOOKED_AT))]
+    text = repr((images.class_names, [(image.size, label) for image, label in some]))
+    return f"{len(images)}, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _check_folder(output: Path, settings: dict[str, Any]) -> None:
@@ -303,11 +333,15 @@ def _image_size(dense: VisionTransformer) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def _batch_on(place: str, comparison: Comparison) -> int:
+    return comparison.timing_batch if place == "cuda" else 1
+
+
 def _cost_on(
     place: str, models: dict[str, nn.Module], comparison: Comparison, dense: VisionTransformer
 ) -> dict[str, Any]:
     """What a batch costs there, beside the dense model."""
-    batch = comparison.timing_batch if place == "cuda" else 1
+    batch = _batch_on(place, comparison)
     images = torch.randn(batch, 3, *_image_size(dense), dtype=_TIMED_DTYPES[place], device=place)
     calls = forward_calls(models, images)
     timings = time_in_turns(calls, device=place, graphs=True)
@@ -317,6 +351,8 @@ def _cost_on(
         "ms_low": timings["model"].low_ms,
         "ms_high": timings["model"].high_ms,
         "dense_ms": timings["dense"].median_ms,
+        "graph": timings["model"].graph,
+        "dtype": str(_TIMED_DTYPES[place]).removeprefix("torch."),
         "bytes": scratch_bytes(calls["model"], place),
         **provenance(place),
     }

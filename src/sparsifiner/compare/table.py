@@ -10,25 +10,49 @@ from sparsifiner.compare.run import unpack_bits
 from sparsifiner.measure.pareto import bootstrap_interval, pareto_front
 
 Row = dict[str, Any]
-# cost of a row -> its name in tables and plots and what a unit is of the stored one
+# cost of a row -> its name in tables and plots. What else a machine does changes its milliseconds from minute
+# to minute, so time is told by the dense model's in the same run.
 COSTS = {
-    "attention": ("attention MMACs", 1e-6),
-    "total": ("total MMACs", 1e-6),
-    "cuda_ms": ("GPU ms", 1.0),
-    "cpu_ms": ("CPU ms", 1.0),
-    "cuda_bytes": ("peak MiB", 2.0**-20),
+    "attention": "attention, MMACs",
+    "total": "total, MMACs",
+    "cuda": "GPU time, % of dense",
+    "cpu": "CPU time, % of dense",
+    "bytes": "peak on a GPU, MiB",
 }
 _SETTING = ("method", "keep", "token_keep", "trained")
 
 
 def cost_of(row: Row, cost: str) -> float | None:
-    """A cost of a row in the unit of `COSTS`, None if it was not measured."""
+    """A cost of a row as `COSTS` names it, None if it was not measured.
+
+    "attention" counts everything that replaces dense attention: choosing keys and tokens, too.
+    """
     macs = row["macs"]
-    value = {"attention": macs["attention"] + macs["scorer"], "total": macs["total"]}.get(cost)
+    if cost == "attention":
+        return float(macs["attention"] + macs["scorer"] + macs.get("token_choice", 0)) * 1e-6
+    if cost == "total":
+        return float(macs["total"]) * 1e-6
+    measured = row["costs"].get("cuda" if cost == "bytes" else cost)
+    if measured is None:
+        return None
+    return float(
+        measured["bytes"] / 2**20 if cost == "bytes" else 100 * measured["ms"] / measured["dense_ms"]
+    )
+
+
+def format_cost(row: Row, cost: str) -> str:
+    """A cost in three figures, with the milliseconds of a time; "" if it was not measured."""
+    value = cost_of(row, cost)
     if value is None:
-        place, _, measured = cost.partition("_")
-        value = row["costs"].get(place, {}).get(measured)
-    return None if value is None else float(value * COSTS[cost][1])
+        return ""
+    if cost in row["costs"]:
+        return f"{value:.0f} ({three_figures(row['costs'][cost]['ms'])} ms)"
+    return three_figures(value)
+
+
+def three_figures(value: float) -> str:
+    """A positive number in three figures, whole from 100 on."""
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:.3g}"
 
 
 def name_of(row: Row) -> str:
@@ -65,26 +89,42 @@ def merge_seeds(rows: Sequence[Row]) -> list[Row]:
 
 def format_row(row: Row) -> str:
     """One new row, in a line."""
-    costs = [f"{value:,.4g} {COSTS[cost][0]}" for cost in COSTS if (value := cost_of(row, cost)) is not None]
+    costs = [f"{COSTS[cost]} {text}" for cost in COSTS if (text := format_cost(row, cost))]
     return f"{name_of(row)}, seed {row['seed']}: top-1 {row['top1']:.2f}, {', '.join(costs)}"
 
 
-def format_comparison(rows: Sequence[Row]) -> str:
-    """All settings as a table, the cheapest first; stars mark those on the front of top-1 against a cost."""
+def comparison_lines(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """All settings as the header and the cells of a table, the cheapest first.
+
+    Stars mark those on the front of top-1 against a cost, lines of our own methods begin with a plus.
+    """
     merged = sorted(merge_seeds(rows), key=lambda row: row["macs"]["total"])
     costs = [cost for cost in COSTS if any(cost_of(row, cost) is not None for row in merged)]
     stars = {cost: front_of(merged, cost) for cost in costs}
-    lines = [["method", "seeds", "top-1", "to dense (95 %)", *(COSTS[cost][0] for cost in costs)]]
+    lines = []
     for index, row in enumerate(merged):
         difference = ""
         if row["difference"] is not None and row["method"] != "dense":
             difference = f"{row['difference']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})"
-        cells = []
-        for cost in costs:
-            value = cost_of(row, cost)
-            cells.append("" if value is None else f"{value:,.4g}{' *' if index in stars[cost] else '  '}")
-        lines.append([name_of(row), str(row["seeds"]), f"{row['top1']:.2f}", difference, *cells])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+        cells = [format_cost(row, cost) + (" *" if index in stars[cost] else "") for cost in costs]
+        name = ("+ " if row["ours"] else "") + name_of(row)
+        visits = "" if row["key_visits"] is None else f"{100 * row['key_visits']:.1f} %"
+        lines.append([name, str(row["seeds"]), f"{row['top1']:.2f}", difference, visits, *cells])
+    return [
+        "method",
+        "seeds",
+        "top-1",
+        "to dense (95 %)",
+        "key visits",
+        *(COSTS[cost] for cost in costs),
+    ], lines
+
+
+def format_comparison(rows: Sequence[Row]) -> str:
+    """All settings as a table for a terminal."""
+    header, cells = comparison_lines(rows)
+    lines = [header, *cells]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in padded)
 

@@ -43,7 +43,8 @@ def read_tokens(values: dict[str, Any] | None) -> TokenMethod | None:
     """The method that `describe_tokens` described.
 
     Raises:
-        ValueError: there is no such method.
+        TypeError: an option is of the wrong kind.
+        ValueError: there is no such method or option, or its value is impossible.
     """
     if values is None:
         return None
@@ -51,8 +52,7 @@ def read_tokens(values: dict[str, Any] | None) -> TokenMethod | None:
     name = options.pop("method", None)
     if name not in METHODS:
         raise ValueError(f"tokens: method={name!r} is unknown; choose one of {tuple(METHODS)}")
-    try:
-        return METHODS[name](**options)
-    except TypeError as error:
-        known = ", ".join(field.name for field in fields(METHODS[name]))
-        raise ValueError(f"tokens: {options} do not fit {name}, whose options are {known}") from error
+    known = [field.name for field in fields(METHODS[name])]
+    if not options.keys() <= set(known):
+        raise ValueError(f"tokens: {options} do not fit {name}, whose options are {', '.join(known)}")
+    return METHODS[name](**options)

@@ -72,6 +72,7 @@ class TokenBlock(nn.Module):
         x = x + self.drop_path1(out)
         if self.reducer is not None:
             x, state = self.reducer.after_attention(x, q, k, self.attn.scale, state)
+        del out, q, k  # the MLP needs their memory
         if self.normalises_after:
             return x + self.drop_path2(self.norm2(self.mlp(x))), state
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), state

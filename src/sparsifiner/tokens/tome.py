@@ -85,13 +85,15 @@ class MergingReducer(TokenReducer):
             left = torch.cat([2 * alone, torch.arange(1, patches, 2, device=x.device).expand(B, -1)], 1)
             left = left.gather(1, state.curve_order(left))
             kept = torch.cat([torch.arange(prefix, device=x.device).expand(B, -1), prefix + left], 1)
-        # every token times the patches that it stands for; what is merged is added where it goes
-        total = x * sizes[:, :, None].to(x.dtype)
         size = sizes.gather(1, merged)
-        added = take_tokens(x, merged) * size[:, :, None].to(x.dtype)
-        total.scatter_add_(1, into[:, :, None].expand_as(added), added)
-        sizes = sizes.scatter_add(1, into, size).gather(1, kept)
-        return take_tokens(total, kept) / sizes[:, :, None].to(x.dtype), state.keep(left, sizes=sizes)
+        total = sizes.scatter_add(1, into, size)
+        # shares of what they become a part of: sums of many large tokens would not fit into fp16
+        share = (sizes.to(accumulation_dtype(x.dtype)) / total)[:, :, None]
+        mean = x * share.to(x.dtype)
+        of_merged = size.to(share.dtype) / total.gather(1, into)
+        added = take_tokens(x, merged) * of_merged[:, :, None].to(x.dtype)
+        mean.scatter_add_(1, into[:, :, None].expand_as(added), added)
+        return take_tokens(mean, kept), state.keep(left, sizes=total.gather(1, kept))
 
     def macs(self, counts: Counts, prefix: int, width: int, head_dim: int) -> int:
         """See `TokenReducer.macs`: keys of half the patches times those of the other half."""

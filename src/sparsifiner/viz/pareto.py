@@ -67,7 +67,7 @@ def write_pareto(file: Path, rows: Sequence[dict[str, Any]]) -> None:
             alpha=0.35,
             label="front",
         )
-        axes.set_xlabel(COSTS[cost][0])
+        axes.set_xlabel(COSTS[cost])
         axes.set_ylabel("top-1, %")
         axes.grid(alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
