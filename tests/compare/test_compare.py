@@ -17,6 +17,7 @@ from sparsifiner.compare import METHODS, Budget, Comparison, Geometry, compare
 from sparsifiner.compare.run import pack_bits, unpack_bits
 from sparsifiner.compare.table import cost_of, format_comparison, front_of, merge_seeds
 from sparsifiner.data import open_images
+from sparsifiner.measure.records import append_rows, read_rows
 from sparsifiner.training import Recipe
 from sparsifiner.training.recipe import Stage
 
@@ -122,6 +123,29 @@ def test_each_setting_is_timed_once_and_later_if_need_be(tmp_path, monkeypatch):
         == json.loads((tmp_path / "results.json").read_text())
     )
     assert len(timed) == 2
+
+
+def test_rows_that_come_while_others_are_timed_stay(tmp_path, monkeypatch):
+    rows, module = run(tmp_path, timed_on=[]), sys.modules["sparsifiner.compare.run"]
+    measure, file = module.time_in_turns, tmp_path / "results.json"
+
+    def time(*args, **options):
+        append_rows(file, [{**rows[0], "seed": 100 + len(read_rows(file))}])
+        return measure(*args, **options)
+
+    monkeypatch.setattr(module, "time_in_turns", time)
+    timed = run(tmp_path, timed_on="cpu")
+    assert [row["seed"] for row in timed[len(rows) :]] == [104, 105]
+    assert all(row["costs"]["cpu"]["ms"] > 0 for row in timed[: len(rows)])
+
+
+def test_other_images_are_other_settings(tmp_path):
+    run(tmp_path, methods=("dense",), timed_on=[])
+    module = sys.modules["sparsifiner.compare.run"]
+    images = open_images("digits", "train", limit=64)
+    others = open_images("digits", "validation", limit=64)
+    assert module._describe(images).split(",")[0] == module._describe(others).split(",")[0] == "64"
+    assert module._describe(images) != module._describe(others)
 
 
 def test_rows_of_other_settings_are_not_mixed(tmp_path):

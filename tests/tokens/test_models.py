@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import warnings
+import weakref
 
 import pytest
 import timm
@@ -529,3 +530,19 @@ def test_the_oracle_ranks_by_the_attention_that_counts_sizes():
         recall = mask_recall(model, [(images, None)])
         assert all(theirs <= best + 1e-6 for theirs, best in zip(recall, oracle, strict=True))
     assert oracle[3] > 2 * recall[3]
+
+
+def test_the_mlp_does_not_wait_with_queries_and_keys_in_memory():
+    model = sparsifiner.sparsify(make_model("deit"), keep=0.5, tokens=EViT(0.5))
+    alive = []
+    for block in model.blocks:
+        seen = []
+        block.attn.register_forward_hook(
+            lambda module, args, out, seen=seen: seen.extend(map(weakref.ref, out))
+        )
+        block.mlp.register_forward_pre_hook(
+            lambda module, args, seen=seen: alive.extend(each() is not None for each in seen)
+        )
+    with torch.no_grad():
+        model(make_images(224, 1))
+    assert alive == [False] * (3 * len(model.blocks))

@@ -214,6 +214,20 @@ def transcribed_predictor(reducer, patches):
     return linear(x, "out_conv.4").softmax(1)[:, 0]
 
 
+def test_tome_merges_many_large_tokens_in_half_precision():
+    layout = TokenLayout((8, 8), 1)
+    x = torch.full((1, 65, WIDTH), 3000.0, dtype=torch.float16)
+    k = torch.ones(1, HEADS, 65, HEAD_DIM, dtype=torch.float16)
+    state = TokenState(layout)
+    for _ in range(6):
+        reducer = ToMe(64).reducer(0, 12, WIDTH, state.layout.patches)
+        x, state = reducer.after_attention(x, k, k, SCALE, state)
+        k = k[:, :, : x.shape[1]]
+    assert state.sizes.tolist() == [[1, 64]]
+    # 64 of them would be 192,000
+    assert ((x.double() / 3000 - 1).abs() < torch.finfo(torch.float16).eps).all()
+
+
 @pytest.mark.parametrize("placement", ["before attention", "after attention"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dynamicvit_keeps_what_its_predictor_scores_highest(layout, placement):
