@@ -21,8 +21,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from sparsifiner.connectivity import key_budget
 from sparsifiner.layout import TokenLayout
-from sparsifiner.ops import library
+from sparsifiner.ops.select import operators as select_operators
 from sparsifiner.ops.sparse_attention import triton_backend
+from sparsifiner.ops.sparse_attention.operators import attend
 
 HEADS, HEAD_DIM, TILE, SUMMARY = 6, 64, 8, 8
 # grid side, batch, keep
@@ -74,8 +75,8 @@ def measure(
     def call() -> None:
         qkv = sets[next(turn) % len(sets)]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        indices = library.select_pooled(q.detach(), k.detach(), side, side, 0, TILE, budget, 0)
-        out = library.attend(q, k, v, indices, None, side, side, 0, TILE, SUMMARY, HEAD_DIM**-0.5)[0]
+        indices = select_operators.select_pooled(q.detach(), k.detach(), side, side, 0, TILE, budget, 0)
+        out = attend(q, k, v, indices, None, side, side, 0, TILE, SUMMARY, HEAD_DIM**-0.5)[0]
         torch.autograd.grad(out, qkv, upstream)
 
     times = kernel_times(call, ROUNDS)

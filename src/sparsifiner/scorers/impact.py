@@ -8,8 +8,9 @@ from torch import Tensor
 
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity
-from sparsifiner.ops import library
+from sparsifiner.ops.kernels import why_no_kernel
 from sparsifiner.ops.precision import accumulation_dtype
+from sparsifiner.ops.select import operators
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
 
 
@@ -110,16 +111,16 @@ class ImpactScorer(Scorer):
         self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str
     ) -> Connectivity | None:
         """See `Scorer.fused_lists`."""
-        if library.why_no_kernel(backend, q) or (backend == "triton" and spec.tile == 1):
+        if why_no_kernel(backend, q) or (backend == "triton" and spec.tile == 1):
             return None
         layout, pool = spec.layout, self.pool_side(spec)
         geometry = (*layout.grid, layout.prefix, spec.tile, pool, self._window_side(spec))
         sizes = (spec.scale, spec.budget, spec.forced)
         means: Tensor | None = None
         if backend == "triton":
-            listed, means = library.select_impact(q, k, v, *geometry, *sizes)
+            listed, means = operators.select_impact(q, k, v, *geometry, *sizes)
         else:
-            listed = library.select_impact_cpu(q, k, v, *geometry, *sizes)
+            listed = operators.select_impact_cpu(q, k, v, *geometry, *sizes)
         # without summaries nobody asks for the mean of all patches
         means = None if spec.summary is None else means
         return Connectivity(listed, layout.grid, spec.tile, layout.prefix, means)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.layout import TokenLayout
-from sparsifiner.ops import library
+from sparsifiner.ops.kernels import why_no_kernel
 from sparsifiner.ops.precision import accumulation_dtype
+from sparsifiner.ops.select import operators
 from sparsifiner.scorers.base import ListSpec, Origin, RowScores, Scorer
 
 
@@ -161,15 +162,15 @@ class LowRankScorer(Scorer):
         self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str
     ) -> Connectivity | None:
         """See `Scorer.fused_lists`."""
-        if self.legacy or spec.origin is not None or library.why_no_kernel(backend, q):
+        if self.legacy or spec.origin is not None or why_no_kernel(backend, q):
             return None
         layout = spec.layout
         if backend == "triton":
-            if layout.tokens - spec.forced > library.LOWRANK_TOKENS:
+            if layout.tokens - spec.forced > operators.LOWRANK_TOKENS:
                 return None
-            if self.up.shape[1] * q.shape[-1] > library.LARGEST_LOWRANK_BASIS:
+            if self.up.shape[1] * q.shape[-1] > operators.LARGEST_LOWRANK_BASIS:
                 return None
-            if self.query.out_features > library.LARGEST_REDUCED_DIM:
+            if self.query.out_features > operators.LARGEST_REDUCED_DIM:
                 return None
         projections = (self.query.weight, self.query.bias, self.key.weight, self.key.bias)
         basis = self.basis(layout).mT
@@ -177,7 +178,7 @@ class LowRankScorer(Scorer):
         kept = min(self.coef_topk, basis.shape[0])
         geometry = (*layout.grid, layout.prefix, spec.tile)
         sizes = (self.temperature, kept, spec.budget, spec.forced)
-        select = library.select_lowrank if backend == "triton" else library.select_lowrank_cpu
+        select = operators.select_lowrank if backend == "triton" else operators.select_lowrank_cpu
         listed: Tensor = select(q, k, *weights, *geometry, *sizes)
         return Connectivity(listed, layout.grid, spec.tile, layout.prefix)
 

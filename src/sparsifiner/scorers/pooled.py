@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from sparsifiner.connectivity import Connectivity
-from sparsifiner.ops import library
+from sparsifiner.ops.kernels import why_no_kernel
 from sparsifiner.ops.precision import accumulation_dtype
+from sparsifiner.ops.select import operators
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
 
 
@@ -27,11 +28,11 @@ class PooledScorer(Scorer):
         self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str
     ) -> Connectivity | None:
         """See `Scorer.fused_lists`; on a CPU the scores are few and written."""
-        if backend == "cpu" or library.why_no_kernel(backend, q) or spec.tile == 1:
+        if backend == "cpu" or why_no_kernel(backend, q) or spec.tile == 1:
             return None
         layout = spec.layout
         geometry = (*layout.grid, layout.prefix, spec.tile)
-        listed: Tensor = library.select_pooled(q, k, *geometry, spec.budget, spec.forced)
+        listed: Tensor = operators.select_pooled(q, k, *geometry, spec.budget, spec.forced)
         return Connectivity(listed, layout.grid, spec.tile, layout.prefix)
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from sparsifiner.ops import library
 from sparsifiner.ops.backend import resolve_backend
-from sparsifiner.ops.select import reference, torch_backend
+from sparsifiner.ops.select import operators, reference, torch_backend
 
 
 def select_topk(
@@ -55,7 +54,7 @@ def select_topk(
     chosen = resolve_backend(backend, "select_topk", scores.device)
     scores = scores.detach()
     if chosen in {"triton", "cpu"}:
-        select_fused = library.select_topk if chosen == "triton" else library.select_topk_cpu
+        select_fused = operators.select_topk if chosen == "triton" else operators.select_topk_cpu
         listed: Tensor = select_fused(scores, budget, forced, own)
         return listed
     scores = scores.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sparsifiner.connectivity import Connectivity
-from sparsifiner.ops import library
 from sparsifiner.ops.backend import resolve_backend
+from sparsifiner.ops.kernels import why_no_kernel
 from sparsifiner.ops.precision import without_autocast
-from sparsifiner.ops.sparse_attention import reference, torch_backend
+from sparsifiner.ops.sparse_attention import operators, reference, torch_backend
 
 _logger = logging.getLogger(__name__)
 
@@ -94,12 +94,12 @@ def sparse_attention(
             return torch_backend.sparse_attention(q, k, v, connectivity, summary, scale)
         geometry = (*connectivity.grid, connectivity.prefix, connectivity.tile, summary or 0)
         if chosen == "cpu":
-            native: Tensor = library.attend_cpu(q, k, v, connectivity.indices, *geometry, scale)
+            native: Tensor = operators.attend_cpu(q, k, v, connectivity.indices, *geometry, scale)
             return native
         if scale < 0:  # kernels take the largest product for that of the largest logit
             q, scale = -q, -scale
         means = connectivity.window_means if summary else None
-        out: Tensor = library.attend(q, k, v, connectivity.indices, means, *geometry, scale)[0]
+        out: Tensor = operators.attend(q, k, v, connectivity.indices, means, *geometry, scale)[0]
         return out
 
 
@@ -115,10 +115,10 @@ def _wants_gradients(*inputs: Tensor) -> bool:
 
 def _why_not(q: Tensor, connectivity: Connectivity, summary: int | None) -> dict[str, str]:
     """Why kernels do not take these inputs, by backend."""
-    reasons = {name: library.why_no_kernel(name, q) for name in ("triton", "cpu")}
+    reasons = {name: why_no_kernel(name, q) for name in ("triton", "cpu")}
     windows = connectivity.layout.squares(summary) if summary else 0
-    if not reasons["triton"] and windows > library.LARGEST_WINDOWS:
-        reasons["triton"] = f"takes at most {library.LARGEST_WINDOWS} summary windows, got {windows}"
+    if not reasons["triton"] and windows > operators.LARGEST_WINDOWS:
+        reasons["triton"] = f"takes at most {operators.LARGEST_WINDOWS} summary windows, got {windows}"
     return reasons
 
 
