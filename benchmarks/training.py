@@ -53,6 +53,7 @@ VARIANTS: dict[str, list[object]] = {
     "summary8": ["--summary", 8],
     "falling_summary8": ["--profile", "falling", "--summary", 8],
     "falling_summary4": ["--profile", "falling", "--summary", 4],
+    "falling_summary4_basis64": ["--profile", "falling", "--summary", 4, "--basis", 64, "--coef-topk", 16],
     "falling_summary4_joint": ["--profile", "falling", "--summary", 4, "--stages", JOINT],
     "falling_summary4_no_features": ["--profile", "falling", "--summary", 4, "--loss_weights.token", 0],
 }
