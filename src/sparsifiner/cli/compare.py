@@ -58,7 +58,7 @@ def compare(
         device=device,
         report=lambda row: print(format_row(row), file=sys.stderr, flush=True),
     )
-    write_csv(output / "results.csv", [{**row, "right": None} for row in rows])
+    write_csv(output / "results.csv", [{name: row[name] for name in row if name != "right"} for row in rows])
     write_pareto(output / "pareto.svg", rows)
     print(json_format.dumps(rows) if json else format_comparison(rows))
     print(f"rows, table and plot are in {output}", file=sys.stderr)

@@ -19,7 +19,7 @@ COSTS = {
     "cpu": "CPU time, % of dense",
     "bytes": "peak on a GPU, MiB",
 }
-_SETTING = ("method", "keep", "token_keep", "trained")
+_MERGED_BY = ("method", "keep", "token_keep", "trained")
 
 
 def cost_of(row: Row, cost: str) -> float | None:
@@ -73,7 +73,7 @@ def merge_seeds(rows: Sequence[Row]) -> list[Row]:
     """
     settings: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        settings.setdefault(tuple(row[name] for name in _SETTING), []).append(row)
+        settings.setdefault(tuple(row[name] for name in _MERGED_BY), []).append(row)
     merged = []
     for own in settings.values():
         controls = {row["seed"]: row for row in settings.get(("dense", None, None, own[0]["trained"]), [])}

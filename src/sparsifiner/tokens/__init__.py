@@ -10,7 +10,7 @@ from sparsifiner.tokens.state import TokenState
 from sparsifiner.tokens.tome import ToMe
 
 __all__ = [
-    "METHODS",
+    "TOKEN_METHODS",
     "Counts",
     "DynamicViT",
     "EViT",
@@ -22,7 +22,7 @@ __all__ = [
     "read_tokens",
 ]
 
-METHODS: dict[str, type[DynamicViT] | type[EViT] | type[ToMe]] = {
+TOKEN_METHODS: dict[str, type[DynamicViT] | type[EViT] | type[ToMe]] = {
     "evit": EViT,
     "dynamicvit": DynamicViT,
     "tome": ToMe,
@@ -33,9 +33,9 @@ def describe_tokens(method: TokenMethod | None) -> dict[str, Any] | None:
     """A method as plain values, which `read_tokens` understands."""
     if method is None:
         return None
-    names = [name for name, kind in METHODS.items() if type(method) is kind]
+    names = [name for name, kind in TOKEN_METHODS.items() if type(method) is kind]
     if not names:
-        raise TypeError(f"tokens={method!r} is none of {', '.join(METHODS)}")
+        raise TypeError(f"tokens={method!r} is none of {', '.join(TOKEN_METHODS)}")
     return {"method": names[0], **asdict(method)}  # type: ignore[call-overload]
 
 
@@ -50,9 +50,9 @@ def read_tokens(values: dict[str, Any] | None) -> TokenMethod | None:
         return None
     options = dict(values)
     name = options.pop("method", None)
-    if name not in METHODS:
-        raise ValueError(f"tokens: method={name!r} is unknown; choose one of {tuple(METHODS)}")
-    known = [field.name for field in fields(METHODS[name])]
+    if name not in TOKEN_METHODS:
+        raise ValueError(f"tokens: method={name!r} is unknown; choose one of {tuple(TOKEN_METHODS)}")
+    known = [field.name for field in fields(TOKEN_METHODS[name])]
     if not options.keys() <= set(known):
         raise ValueError(f"tokens: {options} do not fit {name}, whose options are {', '.join(known)}")
-    return METHODS[name](**options)
+    return TOKEN_METHODS[name](**options)
