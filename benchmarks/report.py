@@ -440,9 +440,10 @@ def comparison() -> str:
 Every method starts from one dense model and is trained alike; "dense" is that model trained on alike, or, among
 untrained rows, as it is. Differences to it are of top-1 points, with the bootstrap interval over images, right
 answers averaged over seeds. Ours, in bold, have {geometry} and
-budgets that fall with depth; patterns, oracle and "paper" are as published: even budgets and no summaries, which is why even the oracle, which computes
-dense attention to choose, is no bound of ours. Key visits are (listed keys + summary keys) / N. A star marks what no
-other row beats in top-1 at the same cost or less, intervals aside; the oracle does not compete.
+budgets that fall with depth; patterns, oracle and "paper" are as published: even budgets and no summaries, which is
+why even the oracle, which computes dense attention to choose, is no bound of ours. Key visits are (listed keys +
+summary keys) / N. A star marks what no other row beats in top-1 at the same cost or less, intervals aside; the oracle
+does not compete.
 
 Each setting was timed alone and beside the dense model, not compiled: on {"; ".join(timed)}.{
                 f" Not measured yet: {', '.join(absent)}." if absent else ""
