@@ -8,47 +8,18 @@ import json
 from typing import Any
 
 import numpy as np
-import yaml
 from figures import write_curves
+from peers_page import comparison
+from performance_page import performance
 from provenance import RESULTS
 from published import rows as published_rows
+from tables import load, source_of, table
 
-from sparsifiner.compare.methods import METHODS
-from sparsifiner.compare.table import comparison_lines, three_figures
-from sparsifiner.viz.pareto import write_pareto
-
-CONFIGS = RESULTS.parents[1] / "configs" / "compare"
-DTYPES = {"cuda": "bf16", "cpu": "fp32"}
 HEADER = """# Results
 
 Every figure here was written by `python benchmarks/report.py` from the measurements in
 `docs/results/`; each section names the command that made them.
 """
-
-PERFORMANCE_HEADER = """# Performance
-
-Milliseconds of sparse attention, scoring and selection and summaries included, against the fastest dense path of
-the same run: flash, cuDNN, memory-efficient or a compiled model on a GPU, SDPA, matmul + softmax or a compiled
-model on a CPU. Ratios below 1 are where sparse attention loses. Medians with the 10th and 90th percentile; keys
-are selected from random inputs. The tables were written by `python benchmarks/report.py` from `docs/results/`.
-"""
-
-
-def load(name: str, *setting: str) -> list[dict[str, Any]]:
-    """The latest row of each setting; a setting that a row does not name is None."""
-    rows = json.loads((RESULTS / f"{name}.json").read_text())
-    return list({tuple(str(row.get(key)) for key in setting): row for row in rows}.values())
-
-
-def source_of(rows: list[dict[str, Any]]) -> str:
-    seen = {(r["device"], f"torch {r['torch']}", f"timm {r['timm']}", f"commit {r['commit']}") for r in rows}
-    return "; ".join(", ".join(names) for names in sorted(seen))
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
 
 TRAINING_IMAGES = {
     "digits": 1437,
@@ -337,152 +308,6 @@ row by more than {100 * worst:.0f} %: linear in N·k. At these sizes it takes mo
 
 {table(["stage", "keep", "N", "k", "N·k", "step"], body)}
 """
-
-
-def speed(table_name: str, title: str, text: str) -> str:
-    """One table of `benchmarks/speed.py`: every sparse row beside the fastest dense one of its run."""
-    if not (RESULTS / f"{table_name}.json").exists():
-        return ""
-    rows = load(
-        table_name, *("row", "threads", "tokens", "batch", "dtype", "keep", "summary", "measure", "part")
-    )
-    body = []
-    for row in rows:
-        if row["part"] not in {"everything", "sparse", "sparse compiled"} or row["ratio"] is None:
-            continue
-        size = f"{row['img_size']} px" if row["benchmark"] == "model" else f"N = {row['tokens']:,}"
-        compiled = ", compiled" if row["part"] == "sparse compiled" else ""
-        body.append([
-            f"{row['row']}: {row['measure']}{compiled}",
-            size,
-            str(row["batch"]),
-            row["dtype"],
-            f"{row['keep']:g}",
-            "" if row["threads"] is None else str(row["threads"]),
-            f"{three_figures(row['ratio'] * row['median_ms'])} ({row['baseline'].removeprefix('dense: ')})",
-            f"{three_figures(row['median_ms'])} ({three_figures(row['low_ms'])} to {three_figures(row['high_ms'])})",
-            f"**{row['ratio']:.2f}x**" if row["ratio"] >= 1 else f"{row['ratio']:.2f}x",
-            "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2**20:.1f} MiB",
-            f"`{row['command']}`",
-        ])  # fmt: skip
-    header = ["what", "size", "batch", "dtype", "keep", "threads", "fastest dense, ms", "sparse, ms", "ratio"]
-    header += ["memory", "command"]
-    filled = [index for index in range(len(header)) if any(line[index] for line in body)]
-    body = [[line[index] for index in filled] for line in body]
-    return f"""## {title}
-
-{text}
-
-`python benchmarks/speed.py {table_name}` ({source_of(rows)})
-
-{table([header[index] for index in filled], body)}
-"""
-
-
-def gpu_kernels() -> str:
-    """What bounds each kernel of one operation, forward and backward."""
-    if not (RESULTS / "gpu_kernels.json").exists():
-        return ""
-    rows = load("gpu_kernels", "tokens", "kernel")
-    body = []
-    for row in rows:
-        if row["kernel"] == "rest":
-            continue
-        by_bandwidth = row["share_of_bandwidth"] >= row["share_of_rate"]
-        body.append([
-            f"{row['tokens']:,}",
-            row["kernel"].removesuffix("_kernel"),
-            three_figures(row["milliseconds"]),
-            f"{three_figures(row['floor_milliseconds'])} ({'memory' if by_bandwidth else 'products'})",
-            f"{row['share_of_bandwidth']:.0%}",
-            f"{row['share_of_rate']:.0%}",
-            f"{row['sent_per_second'] / 1e12:.1f} TB/s",
-        ])  # fmt: skip
-    header = ["N", "kernel", "ms", "floor, ms", "of device memory", "of products", "asked of L2"]
-    return f"""## What bounds the GPU kernels
-
-One operation (heads 6, head dim 64, bf16, tile 8, 8x8 summaries), kernel by kernel. The floor is the time
-that its bytes through device memory, or its products, take at rates measured in the same run. Selection is
-far from both: its time is the instructions of its search. Attention is bound by what gathered keys and
-values ask of the L2 cache. Backward adds gradients of keys up by atomics, which the L2 cache does.
-
-`python benchmarks/gpu_kernels.py` ({source_of(rows)})
-
-{table(header, body)}
-"""
-
-
-def comparison() -> str:
-    """Peers beside this package, one section per file that `sparsifiner compare` left in docs/results."""
-    sections = [
-        "# Peers\n\nWritten by `python benchmarks/report.py` from what `sparsifiner compare` measured.\n"
-    ]
-    for file in sorted(RESULTS.glob("compare_*.json")):
-        rows = json.loads(file.read_text())
-        picture = RESULTS.parent / f"{file.stem}.svg"
-        write_pareto(picture, rows)
-        header, lines = comparison_lines(rows)
-        body = [[f"**{line[0][2:]}**" if line[0].startswith("+ ") else line[0], *line[1:]] for line in lines]
-        settings = yaml.safe_load(
-            (CONFIGS / f"{file.stem.replace('compare', 'tiny_imagenet')}.yaml").read_text()
-        )
-        geometry = ", ".join(
-            f"{name} {settings[name]}" for name in ("tile", "summary", "pool") if name in settings
-        )
-        timed = sorted({
-            f"{cost['device']} with batch {cost['batch']} in {DTYPES[place]} (torch {cost['torch']}, commit {cost['commit']})"
-            for row in rows for place, cost in row["costs"].items()
-        })  # fmt: skip
-        absent = sorted(set(METHODS) - {row["method"] for row in rows}) if "methods" not in settings else []
-        sections.append(
-            f"""## N = {rows[0]["tokens"]}, {rows[0]["images"]:,} validation images
-
-Every method starts from one dense model and is trained alike; "dense" is that model trained on alike, or, among
-untrained rows, as it is. Differences to it are of top-1 points, with the bootstrap interval over images, right
-answers averaged over seeds. Ours, in bold, have {geometry} and
-budgets that fall with depth; patterns, oracle and "paper" are as published: even budgets and no summaries, which is
-why even the oracle, which computes dense attention to choose, is no bound of ours. Key visits are (listed keys +
-summary keys) / N. A star marks what no other row beats in top-1 at the same cost or less, intervals aside; the oracle
-does not compete.
-
-Each setting was timed alone and beside the dense model, not compiled: on {"; ".join(timed)}.{
-                f" Not measured yet: {', '.join(absent)}." if absent else ""
-            } An empty cell was not measured.
-
-`sparsifiner compare --config configs/compare/{file.stem.replace("compare", "tiny_imagenet")}.yaml` ({
-                source_of(rows)
-            })
-
-![Top-1 against costs]({picture.name})
-
-{table(header, body)}
-"""
-        )
-    return "\n".join(sections)
-
-
-def performance() -> str:
-    sections = [
-        PERFORMANCE_HEADER,
-        speed(
-            "cpu",
-            "On a CPU",
-            'Native kernels (`backend="cpu"`), on cores that other machines share: times differ from run to run\n'
-            "by more than their spread within one, ratios less. EViT keeps half of the patches at each of three\n"
-            "stages; with keep 1 attention among them is dense.",
-        ),
-        speed(
-            "gpu",
-            "On a GPU",
-            'Triton kernels (`backend="triton"`), replayed as CUDA graphs, caches overwritten before each\n'
-            "measurement. Memory is what an operation needs beyond its inputs, its result and its lists.\n"
-            '"Lists for two layers" is the mean over two layers with `share=2`. One list per query is packed\n'
-            "over the union of a tile's lists, or a mask for dense attention: packing is the faster of the two at\n"
-            'every size, forward and backward, so "auto" packs; neither breaks even with dense attention here.',
-        ),
-        gpu_kernels(),
-    ]
-    return "\n".join(sections)
 
 
 def main() -> None:
