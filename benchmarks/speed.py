@@ -61,7 +61,7 @@ GPU_SMALLER = replace(GPU_MODEL, img_size=[224, 512, 1024], batch_size=[128, 32,
 GPU_LARGE = replace(GPU_MODEL, img_size=2048, batch_size=2)
 GPU_TILED = replace(TILED, backend="triton")
 # on a GPU fewer and longer lists pay, and few tokens are faster dense
-GPU_FAST_EVIT = replace(FAST_EVIT, tile=16, min_tokens=1000, backend="triton")
+GPU_FAST_EVIT = replace(FAST_EVIT, tile=16, pool=16, min_tokens=1000, backend="triton")
 GPU_SPARSER = replace(GPU_TILED, keep=0.05)
 
 TABLES: dict[str, dict[str, Work]] = {
@@ -98,6 +98,10 @@ TABLES: dict[str, dict[str, Work]] = {
         "DeiT-S, EViT": (GPU_SMALLER, replace(EVIT, backend="triton")),
         "DeiT-S, EViT, preset fast": (GPU_SMALLER, replace(FAST_EVIT, backend="triton")),
         "DeiT-S, EViT, preset fast, tile 16": (GPU_SMALLER, GPU_FAST_EVIT),
+        "DeiT-S, EViT, preset fast, tile 16, dense below 2,000 tokens": (
+            GPU_MODEL,
+            replace(GPU_FAST_EVIT, min_tokens=2000),
+        ),
         "DeiT-S, tiles, training": (replace(GPU_MODEL, train=True), GPU_TILED),
         "DeiT-S, tiles, lists for two layers": (GPU_MODEL, replace(GPU_TILED, share=2)),
         "DeiT-S, tiles, 2048 px, lists for two layers": (GPU_LARGE, replace(GPU_SPARSER, share=2)),

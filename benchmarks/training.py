@@ -44,6 +44,10 @@ SUITES: dict[str, tuple[str, str | None, tuple[float, ...]]] = {
 JOINT = "[{name: reconstruct, epochs: 2, warmup_epochs: 0.2, lr: 5.0e-3, min_lr: 2.0e-4}, " + (
     "{name: joint, epochs: 8, warmup_epochs: 1, lr: 5.0e-4, min_lr: 2.0e-6}]"
 )
+PAPER_WITH_SUMMARIES: list[object] = [
+    *("--profile", "falling", "--summary", 4),
+    *("--basis", 64, "--coef-topk", 16),
+]
 # design -> options that make it different
 VARIANTS: dict[str, list[object]] = {
     "oracle": ["--scorer", "oracle"],
@@ -53,9 +57,14 @@ VARIANTS: dict[str, list[object]] = {
     "summary8": ["--summary", 8],
     "falling_summary8": ["--profile", "falling", "--summary", 8],
     "falling_summary4": ["--profile", "falling", "--summary", 4],
-    "falling_summary4_basis64": ["--profile", "falling", "--summary", 4, "--basis", 64, "--coef-topk", 16],
-    "falling_summary4_joint": ["--profile", "falling", "--summary", 4, "--stages", JOINT],
-    "falling_summary4_no_features": ["--profile", "falling", "--summary", 4, "--loss_weights.token", 0],
+    "falling_summary4_basis64": PAPER_WITH_SUMMARIES,
+    **{
+        f"falling_summary4_basis64_{name}": [*PAPER_WITH_SUMMARIES, *options]
+        for name, options in {
+            "joint": ["--stages", JOINT],
+            "no_features": ["--loss_weights.token", 0],
+        }.items()
+    },
 }
 # the suite "scorer": one choice changed at a time
 ABLATIONS: dict[str, list[object]] = {
