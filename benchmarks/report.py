@@ -4,7 +4,6 @@ python benchmarks/report.py
 """
 
 import itertools
-import json
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from performance_page import performance
 from provenance import RESULTS
 from published import rows as published_rows
 from tables import load, source_of, table
+from training_section import runs, seeds_table, training
 
 HEADER = """# Results
 
@@ -21,13 +21,6 @@ Every figure here was written by `python benchmarks/report.py` from the measurem
 `docs/results/`; each section names the command that made them.
 """
 
-TRAINING_IMAGES = {
-    "digits": 1437,
-    "tiny_imagenet": 100_000,
-    "tiny_imagenet_fast": 100_000,
-    "scorer": 100_000,
-    "cifar10": 50_000,
-}
 GROUPS = {
     "floors": """### The preset fast
 
@@ -39,16 +32,14 @@ Random, window and strided lists with the same summaries, summaries alone (keep 
 ranks by the true attention: it shows what the form of sparsity allows, not what a scorer reaches.""",
     "designs": "### One choice changed at a time",
     "sweep": "### Budgets",
-    None: "### Earlier: even budgets, without the impact scorer, Tiny-ImageNet",
 }
+TRAINED = "Trained, beside dense controls trained equally long from the same teachers:"
 SETTING = ("scorer", "tile", "pool", "profile", "summary", "share", "keep", "calibrated")
 
 
 def training_free() -> str:
     rows = load("training_free", "suite", "teacher", "group", *SETTING)
-    dense = {
-        (row["suite"], row["tokens"]): row["against_dense"]["dense_top1"] for row in rows if "suite" in row
-    }
+    dense = {(row["suite"], row["tokens"]): row["against_dense"]["dense_top1"] for row in rows}
     teachers = ", ".join(f"{top1:.2f} on {suite} at N = {tokens}" for (suite, tokens), top1 in dense.items())
     sections = [
         f"""## Accuracy without any training
@@ -62,9 +53,7 @@ keys) / N, scoring is in MACs of QKᵀ; both are means over the layers.
 """
     ]
     for group, heading in GROUPS.items():
-        own = [row for row in rows if row.get("group") == group]
-        if not own:
-            continue
+        own = [row for row in rows if row["group"] == group]
         picture = ""
         if group == "sweep":
             write_curves(RESULTS.parent / "training_free.svg", own)
@@ -77,24 +66,23 @@ def training_free_table(rows: list[dict[str, Any]]) -> str:
     body = []
     for row in rows:
         against, side = row["against_dense"], row["summary"]
-        budgets = row.get("profile", "even")
-        if row.get("calibrated"):
+        budgets = row["profile"]
+        if row["calibrated"]:
             budgets = "calibrated" + (" from even" if budgets == "even" else "")
-        scoring, cosine = row.get("scoring_share"), against.get("token_cosine")
         body.append([
-            row.get("suite", "tiny_imagenet"),
+            row["suite"],
             str(row["tokens"]),
-            row["scorer"] + (f", pool {row['pool']}" if row.get("pool") else ""),
+            row["scorer"] + (f", pool {row['pool']}" if row["pool"] else ""),
             str(row["tile"]),
-            f"{row['keep']:g}, {budgets}" + (f", share {row['share']}" if row.get("share", 1) > 1 else ""),
+            f"{row['keep']:g}, {budgets}" + (f", share {row['share']}" if row["share"] > 1 else ""),
             "none" if side is None else f"{side}x{side}",
             f"{100 * row['key_visits']:.1f} %",
-            "" if scoring is None else f"{100 * scoring:.1f} %",
+            f"{100 * row['scoring_share']:.1f} %",
             f"{row['top1']:.2f}",
             f"{against['difference']:+.2f} ± {against['interval']:.2f}",
             f"{against['agreement']:.1f} %",
             f"{against['logit_kl']:.4f}",
-            "" if cosine is None else f"{cosine:.4f}, {against['token_error']:.3f}",
+            f"{against['token_cosine']:.4f}, {against['token_error']:.3f}",
         ])  # fmt: skip
     header = ["data", "N", "scorer", "tile", "keep", "summaries", "key visits", "scoring", "top-1"]
     return table([*header, "difference", "agreement", "KL", "tokens"], body)
@@ -105,9 +93,9 @@ def readme_table() -> str:
     settings: dict[int, dict[bool, dict[str, Any]]] = {}
     times: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in load("training_free", "suite", "teacher", "group", *SETTING):
-        if row.get("group") == "floors" and row["suite"].startswith("tiny_imagenet"):
+        if row["group"] == "floors" and row["suite"].startswith("tiny_imagenet"):
             settings.setdefault(row["tokens"], {})[row["calibrated"]] = row
-        if row.get("group") == "sweep":
+        if row["group"] == "sweep":
             times[row["tokens"], *(row[name] for name in SETTING)] = row["milliseconds"]
     body = []
     for tokens, rows in sorted(settings.items()):
@@ -171,111 +159,6 @@ process: the torch backend takes {100 * share:.0f} % of the reference.
 """
 
 
-def minutes_of(row: dict[str, Any]) -> float:
-    """Time of the training steps, from their speed."""
-    epochs, speed = row["epochs"], row["images_per_second"]
-    return sum(TRAINING_IMAGES[row["suite"]] * epochs[stage] / speed[stage] for stage in speed) / 60
-
-
-def difference_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """Points of top-1 to the control, or to the teacher where there is no control."""
-    controls = {control["seed"]: control for control in rows if control["keep"] is None}
-    paired = row["against_control"] or (None if row["seed"] in controls else row["against_teacher"])
-    if paired is not None:
-        return f"{paired['difference']:+.2f} ± {paired['interval']:.2f}"
-    return f"{row['top1'] - controls[row['seed']]['top1']:+.2f} (not paired)"
-
-
-def training() -> str:
-    """One table per suite, if its rows are there."""
-    if not (RESULTS / "training.json").exists():
-        return ""
-    rows = load("training", "suite", "keep", "variant", "seed")
-    sections = [
-        """## After training
-
-The paper's two stages: the scorer learns the attention of the dense teacher, then the backbone learns to do
-with what the scorer chooses; suites named "fast" have the second alone. The control is the dense teacher
-trained on by the second stage's recipe, equally long. "Before" is top-1 after the first stage, of the control that of the teacher, "to the control" has
-the paired 95 % interval, key visits are (listed keys + summary keys) / N, recall is the share of the model's own
-dense attention on the listed keys, images/s are those of the stages, measured beside up to as many other runs on the
-same device as it says. Seed 0 unless it says another, last weights, all validation images. Settings and measurements
-of runs are in `docs/results/runs/`: `sparsifiner train --config` with such a config.yaml, the names of data and
-weights filled in, makes the run again.
-"""
-    ]
-    for suite in dict.fromkeys(row["suite"] for row in rows):
-        own = [row for row in rows if row["suite"] == suite]
-        body = []
-        for row in own:
-            speed = row["images_per_second"]
-            before = row["top1_after_reconstruct"]
-            body.append([
-                ("dense control" if row["keep"] is None else f"{row['keep']:g}")
-                + (f", {row['variant']}" if row.get("variant") else "")
-                + (f", seed {row['seed']}" if row["seed"] else ""),
-                "" if before is None and row["keep"] is not None else f"{before or row['dense_top1']:.2f}",
-                f"{row['top1']:.2f}",
-                "" if row["keep"] is None else difference_of(row, own),
-                f"{row['against_teacher']['agreement']:.1f} %",
-                "" if "key_visits" not in row else f"{100 * row['key_visits']:.1f} %",
-                "" if row["mask_recall"] is None else f"{row['mask_recall']:.3f}",
-                " / ".join(f"{value:.0f}" for value in speed.values())
-                + (f" (beside {row['sharing'] - 1})" if row.get("sharing", 1) > 1 else ""),
-                f"{minutes_of(row):.0f}",
-                f"`{row['command']}`",
-            ])  # fmt: skip
-        to = "control" if any(row["keep"] is None for row in own) else "teacher"
-        header = [
-            "keep",
-            "before",
-            "after",
-            f"to the {to}",
-            "agreement with the teacher",
-            "key visits",
-            "recall",
-        ]
-        header += ["images/s", "minutes", "command"]
-        epochs = " + ".join(str(count) for count in own[-1]["epochs"].values())
-        sections.append(
-            f"### {suite}: {epochs} epochs, {own[0]['images']:,} validation images, "
-            f"{'fp32' if own[0]['amp'] == 'none' else own[0]['amp']}\n\n"
-            f"`python benchmarks/training.py {suite}` ({source_of(own)})\n\n{table(header, body)}\n"
-        )
-    return "\n".join(sections)
-
-
-def runs() -> str:
-    """The last validation of every saved run, beside that of its control."""
-    last = {}
-    for file in sorted((RESULTS / "runs").glob("*/metrics.jsonl")):
-        records = [json.loads(line) for line in file.read_text().splitlines()]
-        last[file.parent.name] = [record for record in records if record["kind"] == "validation"][-1]
-    body = []
-    for name, record in last.items():
-        suite, seed = name.partition("_control_")[0].partition("_keep_")[0], name.rpartition("_")[2]
-        control = last.get(f"{suite}_control_{seed}")
-        row = [name, record["stage"], f"{record['epoch']:.0f}"]
-        for kind in ("top1", "top1_ema"):
-            value, compared = record.get(kind), (control or {}).get(kind)
-            lost = (
-                ""
-                if value is None or compared is None or control is record
-                else f" ({value - compared:+.2f})"
-            )
-            row.append("" if value is None else f"{value:.2f}{lost}")
-        body.append([*row, "" if record.get("mask_recall") is None else f"{record['mask_recall']:.3f}"])
-    header = ["run", "stage", "epoch", "top-1 (to the control)", "of the averaged weights", "recall"]
-    return f"""## Saved runs
-
-The last validation within each run of `docs/results/runs/`, all validation images, in the dtype that it trained
-in, with the difference to the control of the same suite and seed, not paired. Each folder holds settings and
-measurements, some a scorer to load into the teacher with `--adapter`.
-
-{table(header, body)}
-"""
-
-
 def training_memory() -> str:
     if not (RESULTS / "training_memory.json").exists():
         return ""
@@ -321,7 +204,7 @@ def main() -> None:
     _, end, after = rest.partition("<!-- end -->")
     if not begin or not end:
         raise SystemExit(f"{readme} has lost the marks around its table; put them back")
-    readme.write_text(f"{before}{begin}\n{readme_table()}\n\n{end}{after}")
+    readme.write_text(f"{before}{begin}\n{readme_table()}\n\n{TRAINED}\n\n{seeds_table()}\n\n{end}{after}")
 
 
 if __name__ == "__main__":

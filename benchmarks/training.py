@@ -44,7 +44,7 @@ SUITES: dict[str, tuple[str, str | None, tuple[float, ...]]] = {
 JOINT = "[{name: reconstruct, epochs: 2, warmup_epochs: 0.2, lr: 5.0e-3, min_lr: 2.0e-4}, " + (
     "{name: joint, epochs: 8, warmup_epochs: 1, lr: 5.0e-4, min_lr: 2.0e-6}]"
 )
-PAPER_WITH_SUMMARIES: list[object] = [
+FALLING_SUMMARY4_BASIS64: list[object] = [
     *("--profile", "falling", "--summary", 4),
     *("--basis", 64, "--coef-topk", 16),
 ]
@@ -53,18 +53,9 @@ VARIANTS: dict[str, list[object]] = {
     "oracle": ["--scorer", "oracle"],
     "basis64": ["--basis", 64, "--coef-topk", 16],
     "basis64_joint": ["--basis", 64, "--coef-topk", 16, "--stages", JOINT],
-    "falling": ["--profile", "falling"],
-    "summary8": ["--summary", 8],
     "falling_summary8": ["--profile", "falling", "--summary", 8],
-    "falling_summary4": ["--profile", "falling", "--summary", 4],
-    "falling_summary4_basis64": PAPER_WITH_SUMMARIES,
-    **{
-        f"falling_summary4_basis64_{name}": [*PAPER_WITH_SUMMARIES, *options]
-        for name, options in {
-            "joint": ["--stages", JOINT],
-            "no_features": ["--loss_weights.token", 0],
-        }.items()
-    },
+    "falling_summary4_basis64": FALLING_SUMMARY4_BASIS64,
+    "falling_summary4_basis64_no_features": [*FALLING_SUMMARY4_BASIS64, "--loss_weights.token", 0],
 }
 # the suite "scorer": one choice changed at a time
 ABLATIONS: dict[str, list[object]] = {
@@ -74,7 +65,7 @@ ABLATIONS: dict[str, list[object]] = {
     **{f"reduced dim {size}": ["--reduced-dim", size] for size in (8, 16, 64)},
     **{f"tile {side}": ["--tile", side] for side in (2, 4, 8)},
     **{f"{side}x{side} summaries": ["--summary", side] for side in (8, 4, 2)},
-    "falling": VARIANTS["falling"],
+    "falling": ["--profile", "falling"],
 }
 
 
