@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from provenance import RESULTS, append_rows, provenance
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from sparsifiner.connectivity import key_budget
@@ -52,7 +53,7 @@ def kernel_times(call: Callable[[], Any], rounds: int) -> dict[str, float]:
             torch.cuda.synchronize()
         times: dict[str, float] = defaultdict(float)
         for event in recorded.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
+            if event.device_type == DeviceType.CUDA:
                 times[event.name] += event.device_time * 1e-6
         calls.append(times)
     return {name: statistics.median(times[name] for times in calls) for name in calls[0]}

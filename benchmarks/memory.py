@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import timm
 import torch
@@ -16,7 +17,7 @@ from provenance import RESULTS, append_rows, provenance
 
 import sparsifiner
 
-SETTING = {"keep": 0.1, "tile": 8, "summary": 8}
+SETTING: dict[str, Any] = {"keep": 0.1, "tile": 8, "summary": 8}
 PIXELS = 1024
 
 

@@ -7,14 +7,14 @@ and exact: what this package computes, whose predictor has another size.
 """
 
 import warnings
-from typing import Any
+from typing import Any, Final
 
 import timm
 
 import sparsifiner
 from sparsifiner.tokens import DynamicViT, EViT, TokenMethod
 
-AFTER = "after attention"
+AFTER: Final = "after attention"
 # model, published name, tokens, keep, published MMACs of MHSA
 # Source: Wei et al., "Sparsifiner", CVPR 2023, tables 2 and 3
 PUBLISHED: list[tuple[str, str, TokenMethod | None, float | None, float | None]] = [

@@ -49,16 +49,22 @@ FALLING_SUMMARY4_BASIS64: list[object] = [
     *("--basis", 64, "--coef-topk", 16),
 ]
 # design -> options that make it different
-VARIANTS: dict[str, list[object]] = {
+VARIANTS: dict[str | None, list[object]] = {
+    None: [],
     "oracle": ["--scorer", "oracle"],
     "basis64": ["--basis", 64, "--coef-topk", 16],
     "basis64_joint": ["--basis", 64, "--coef-topk", 16, "--stages", JOINT],
     "falling_summary8": ["--profile", "falling", "--summary", 8],
     "falling_summary4_basis64": FALLING_SUMMARY4_BASIS64,
     "falling_summary4_basis64_no_features": [*FALLING_SUMMARY4_BASIS64, "--loss_weights.token", 0],
+    # what lists of no thought reach beside the same summaries; "--rows 1e-06" has summaries alone
+    "random": ["--scorer", "random"],
+    "random_falling_summary4": ["--scorer", "random", "--profile", "falling", "--summary", 4],
+    **{f"random_summary{side}": ["--scorer", "random", "--summary", side] for side in (2, 3, 4)},
 }
 # the suite "scorer": one choice changed at a time
-ABLATIONS: dict[str, list[object]] = {
+ABLATIONS: dict[str | None, list[object]] = {
+    "nothing": [],
     **{f"basis {size}": ["--basis", size] for size in (8, 16, 64, 128)},
     **{f"{kept} coefficients": ["--coef-topk", kept] for kept in (1, 4, 16, 32)},
     **{f"threshold {least:g}": ["--basis-threshold", least] for least in (0.0, 0.01, 0.05, 0.1)},
@@ -229,15 +235,15 @@ def main() -> None:
         field.name for field in fields(SparsityOptions)
     }
     unset = [word for name in sorted(given_by_config - {"preset"}) for word in (f"--{name}", "null")]
-    dense = ["--preset", "dense", *unset]
+    dense: list[object] = ["--preset", "dense", *unset]
     ablates = options.suite == "scorer"
-    designs: dict[str | None, list[object]] = {None: [], **(ABLATIONS if ablates else VARIANTS)}
+    designs = ABLATIONS if ablates else VARIANTS
     unknown = set(options.variants or ()) - set(map(str, designs))
     if unknown:
         parser.error(f"--variants {', '.join(unknown)}: choose from {', '.join(map(str, designs))}")
     variants = options.variants or (list(designs) if ablates else [None])
     default_rows = keeps if ablates else ("control", *keeps)
-    rows = [None if row == "control" else float(row) for row in options.rows or default_rows]
+    rows = [None if row == "control" else float(row) for row in map(str, options.rows or default_rows)]
     for seed, keep, variant in itertools.product(options.seeds, rows, variants):
         if keep is None and variant != variants[0]:  # all designs have one control
             continue

@@ -32,6 +32,7 @@ from sparsifiner.measure.accuracy import evaluate
 from sparsifiner.measure.recall import mask_recall
 from sparsifiner.measure.timing import forward_calls, time_in_turns
 from sparsifiner.models.loading import load_model
+from sparsifiner.patch import sparse_layers
 from sparsifiner.training.calibration import calibrate
 
 CALIBRATION_IMAGES = 128
@@ -103,7 +104,7 @@ def measure(
     seconds = time.perf_counter() - start
     macs = sparsifiner.count_macs(sparse, tuple(batches[0][0].shape[1:]))
     counted = macs.to_dict()
-    config = sparse.blocks[0].attn.config
+    config = sparse_layers(sparse)[0].config
     accuracy = evaluate(sparse, batches, dense=dense, device=device)
     return {
         "tokens": macs.tokens,
@@ -141,14 +142,14 @@ def main() -> None:
     images = open_images(options.data, "validation", limit=options.limit)
     unlabelled = open_images(options.data, "train", limit=CALIBRATION_IMAGES)
     for teacher, (side, patch, fast) in SUITES[options.suite].items():
+        if options.tokens not in {None, (side // patch) ** 2 + 1}:
+            continue
         dense = load_model(
             "deit_tiny_patch16_224",
             weights=options.teachers / f"{teacher}.{options.suite.removesuffix('_384')}.safetensors",
             img_size=side,
             model_args={"patch_size": patch, "num_classes": images.num_classes},
         ).to(device)
-        if options.tokens not in {None, dense.pos_embed.shape[1]}:
-            continue
         transform = evaluation_transform(dense, crop_pct=1.0)
         batches = list(make_loader(images, transform, 100, workers=options.workers))
         seen = [batch for batch, _ in make_loader(unlabelled, transform, 32, workers=options.workers)]

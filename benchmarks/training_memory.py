@@ -45,13 +45,12 @@ def measure(stage: str, backend: str, pixels: int, keep: float) -> None:
     teacher, student = Teacher(model), Student(model, kind).train()
     images = torch.randn(BATCH, 3, pixels, pixels, device=device)
     targets = torch.full((BATCH, 200), 1 / 200, device=device)
-    torch.nn.Linear(64, 64, device=device)(
-        torch.randn(8, 64, device=device)
-    ).sum().backward()  # loads libraries
+    weights = torch.randn(64, 64, device=device, requires_grad=True)
+    torch.autograd.grad((weights @ weights).sum(), weights)  # loads libraries
     before = peak_mib()
     taught = teacher(images, projections="reconstruct" in kind.losses)
     losses = compute_losses(kind, student(images, taught.projections), taught, targets)
-    total_loss(losses, LossWeights()).backward()
+    torch.autograd.backward(total_loss(losses, LossWeights()))
     print(json.dumps({"step_mib": peak_mib() - before}))
 
 

@@ -37,7 +37,7 @@ def _rows() -> list[dict[str, Any]]:
 def minutes_of(row: dict[str, Any]) -> float:
     """Time of the training steps, from their speed."""
     epochs, speed = row["epochs"], row["images_per_second"]
-    return sum(TRAINING_IMAGES[row["suite"]] * epochs[stage] / speed[stage] for stage in speed) / 60
+    return sum(TRAINING_IMAGES[row["suite"]] * float(epochs[stage] / speed[stage]) for stage in speed) / 60
 
 
 def training() -> str:

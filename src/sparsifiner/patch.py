@@ -4,7 +4,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
@@ -18,14 +18,15 @@ from sparsifiner.tokens.blocks import TokenBlock, TokenBlocks
 
 _logger = logging.getLogger(__name__)
 
+Model = TypeVar("Model", bound=nn.Module)
 
 # fields that shape a scorer: with these equal, calling sparsify again keeps the scorer and its weights
 _SHAPING_FIELDS = ("scorer", "basis", "reduced_dim", "share")
 
 
 def sparsify(
-    model: nn.Module, config: SparsifyConfig | None = None, *, preset: str | None = None, **options: Any
-) -> nn.Module:
+    model: Model, config: SparsifyConfig | None = None, *, preset: str | None = None, **options: Any
+) -> Model:
     """Makes the attention of a timm `VisionTransformer` sparse, in place, keeping its weights.
 
     On a sparse model it changes only the configuration: options alone change the one that it has, and
@@ -102,7 +103,7 @@ def sparsify(
             native.tokens,
             config.min_tokens,
         )
-    return cast("nn.Module", model)
+    return cast("Model", model)
 
 
 @contextmanager
@@ -120,7 +121,7 @@ def about_to_train(*, scorer: bool = True, predictor: bool = True) -> Iterator[N
         yield
 
 
-def desparsify(model: nn.Module) -> nn.Module:
+def desparsify(model: Model) -> Model:
     """Makes a sparse model dense again, in place, with the weights that it has now.
 
     Args:

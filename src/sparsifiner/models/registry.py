@@ -30,7 +30,7 @@ def _register(dense_name: str) -> Callable[..., nn.Module]:
         sparsify_config: SparsifyConfig | None = None,
         **kwargs: Any,
     ) -> nn.Module:
-        dense = timm.create_model(dense_name, pretrained=pretrained, **kwargs)
+        dense: nn.Module = timm.create_model(dense_name, pretrained=pretrained, **kwargs)
         if sparsify_config is not None:
             return sparsify(dense, sparsify_config)
         return sparsify(dense, preset="paper", keep=keep)
