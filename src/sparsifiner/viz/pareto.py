@@ -9,12 +9,16 @@ from sparsifiner.viz.svg import write_svg
 
 _OURS_COLOUR = "#2e86de"
 _PANEL = (4.6, 3.8)  # inches
+_COLUMNS = 3
+# costs that span more than this factor are drawn on a logarithmic axis
+_LINEAR_SPAN = 6.0
 
 
 def write_pareto(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Draws one panel per cost: a line per method, error bars from the bootstrap, the front as a step.
 
-    Ours are blue and bold, each with a mark of its own; untrained points are open, bounds are dotted.
+    Ours are blue and bold, each with a mark of its own; untrained points are open and their lines dashed,
+    bounds are dotted.
 
     Args:
         file: an SVG; it is replaced.
@@ -23,17 +27,23 @@ def write_pareto(file: Path, rows: Sequence[dict[str, Any]]) -> None:
     # matplotlib takes a second to import
     from matplotlib import colormaps  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.ticker import LogLocator, ScalarFormatter  # noqa: PLC0415
 
     merged = merge_seeds(rows)
     costs = [cost for cost in COSTS if any(cost_of(row, cost) is not None for row in merged)]
-    figure = Figure(figsize=(_PANEL[0] * len(costs), _PANEL[1] + 1.2), layout="constrained")
-    panels = figure.subplots(1, len(costs), squeeze=False)[0]
+    columns = min(_COLUMNS, len(costs) + 1)
+    height = -(-(len(costs) + 1) // columns)  # a place for the legend, too
+    figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * height), layout="constrained")
+    *panels, last = figure.subplots(height, columns, squeeze=False).flat[: len(costs) + 1]
+    for axes in figure.axes[len(costs) :]:
+        axes.set_axis_off()
     lines: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for row in merged:
         lines.setdefault((row["method"], row["trained"]), []).append(row)
     peers = sorted({row["method"] for row in merged if not row["ours"]})
     ours_marks = dict(zip(sorted({row["method"] for row in merged if row["ours"]}), "D^vPX*", strict=False))
     colours = [colormaps["tab20"](index) for index in range(2, 20)]  # the first two are blue
+    shown = {}  # method -> how it is drawn, trained where it is
     for axes, cost in zip(panels, costs, strict=True):
         for (method, trained), line in lines.items():
             priced = [(value, row) for row in line if (value := cost_of(row, cost)) is not None]
@@ -46,7 +56,7 @@ def write_pareto(file: Path, rows: Sequence[dict[str, Any]]) -> None:
                 [row["difference"] - row["low"] if row.get("low") is not None else 0.0 for _, row in points],
                 [row["high"] - row["difference"] if row.get("low") is not None else 0.0 for _, row in points],
             ]
-            axes.errorbar(
+            drawn = axes.errorbar(
                 [value for value, _ in points],
                 [row["top1"] for _, row in points],
                 error,
@@ -55,21 +65,26 @@ def write_pareto(file: Path, rows: Sequence[dict[str, Any]]) -> None:
                 linewidth=2 if ours else 1,
                 markerfacecolor=colour if trained else "none",
                 elinewidth=0.7,
-                label=method + ("" if trained else ", untrained"),
             )
+            if trained or method not in shown:
+                shown[method] = drawn
         front = sorted(front_of(merged, cost), key=lambda index: cost_of(merged[index], cost) or 0.0)
-        axes.step(
+        (steps,) = axes.step(
             [cost_of(merged[index], cost) for index in front],
             [merged[index]["top1"] for index in front],
             where="post",
             color="#999999",
             linewidth=5,
             alpha=0.35,
-            label="front",
         )
+        shown["front"] = steps
         axes.set_xlabel(COSTS[cost])
         axes.set_ylabel("top-1, %")
         axes.grid(alpha=0.3)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=7)
+        prices = [value for row in merged if (value := cost_of(row, cost)) is not None]
+        if max(prices) > _LINEAR_SPAN * min(prices) > 0:
+            axes.set_xscale("log", subs=[])
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(ScalarFormatter())
+    last.legend(shown.values(), shown.keys(), loc="center", ncols=2, title="open marks: not trained")
     write_svg(file, figure)
