@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
 from sparsifiner.layout import TokenLayout
-from sparsifiner.ops import sparse_attention
+from sparsifiner.ops.sparse_attention.api import attend_scored
 from sparsifiner.scorers import ListSpec, Origin, Scorer, SharedLists
 from sparsifiner.tokens.policy import attend_with_policy
 from sparsifiner.tokens.sizes import weigh_by_size
@@ -146,7 +146,7 @@ class SparseAttention(nn.Module):
         if connectivity is None:
             out = F.scaled_dot_product_attention(*sized, scale=self.scale)
         else:
-            out = sparse_attention(*sized, connectivity, summary, self.scale, self.backend)
+            out = attend_scored(*sized, connectivity, summary, self.scale, self.backend)
         return out[..., : q.shape[-1]]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

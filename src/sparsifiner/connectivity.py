@@ -51,9 +51,6 @@ class Connectivity:
         grid: patches along height and width.
         tile: side of a tile in patches; 1 gives one list per query.
         prefix: number of prefix tokens before the patches.
-        window_means: [2, B, H, windows, d], means over the summary windows of the keys and values that the
-            lists were chosen from, where the scorer has them: attention to these keys need not compute them
-            again. None otherwise.
 
     The entries themselves are not checked: indices outside 0..N-1 other than -1, or the same key twice in
     one list, are undefined behaviour.
@@ -67,7 +64,6 @@ class Connectivity:
     grid: tuple[int, int]
     tile: int = 1
     prefix: int = 0
-    window_means: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Checks shape and dtype; the entries are not read, which would wait for the device."""
@@ -115,3 +111,19 @@ class Connectivity:
         visits = (self.indices >= 0).sum(-1).double() * sizes
         rows_in_batch = self.indices.shape[0] * self.indices.shape[1]
         return float(visits.sum() / (rows_in_batch * self.layout.patches * self.layout.tokens))
+
+
+@dataclass(frozen=True)
+class ScoredLists(Connectivity):
+    """Lists on their way from a scorer to attention over the very keys and values that it chose from.
+
+    Attributes:
+        window_means: [2, B, H, windows, d], means of these keys and values over the summary windows, which
+            attention then need not compute again; None for no summaries.
+    """
+
+    window_means: Tensor | None = None
+
+    def alone(self) -> Connectivity:
+        """The lists for whoever has other keys and values."""
+        return Connectivity(self.indices, self.grid, self.tile, self.prefix)

@@ -1,14 +1,13 @@
 """The Triton backend against the reference: on a GPU at real sizes, else small ones, interpreted."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from sparsifiner.connectivity import Connectivity
+from sparsifiner.connectivity import Connectivity, ScoredLists
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import sparse_attention
 from sparsifiner.ops.backend import HAS_TRITON
+from sparsifiner.ops.sparse_attention.api import attend_scored
 from tests.ops.cases import (
     assert_within_budget,
     largest_terms,
@@ -45,7 +44,8 @@ def first_summary_counts_kernel(missing, counts, patches, windows, size: tl.cons
 
 def forward_and_gradients(backend, inputs, connectivity, summary, upstream):
     inputs = [x.detach().requires_grad_() for x in inputs]
-    out = sparse_attention(*inputs, connectivity, summary, backend=backend)
+    attend = attend_scored if isinstance(connectivity, ScoredLists) else sparse_attention
+    out = attend(*inputs, connectivity, summary, backend=backend)
     return [out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))]
 
 
@@ -280,14 +280,15 @@ def test_given_means_are_those_that_would_be_computed(dtype):
     upstream = torch.randn_like(inputs[0])
     means = torch.stack([layout.square_means(x[:, :, 2:].float(), 2) for x in inputs[1:]]).to(dtype)
     computed = forward_and_gradients("triton", inputs, connectivity, 2, upstream)
-    given = forward_and_gradients("triton", inputs, replace(connectivity, window_means=means), 2, upstream)
+    fields = (connectivity.indices, connectivity.grid, connectivity.tile, connectivity.prefix)
+    given = forward_and_gradients("triton", inputs, ScoredLists(*fields, means), 2, upstream)
     for one, other in zip(computed, given, strict=True):
         torch.testing.assert_close(one, other)
-    other = forward_and_gradients(
-        "triton", inputs, replace(connectivity, window_means=means + 1), 2, upstream
-    )
+    others = ScoredLists(*fields, means + 1)
+    other = forward_and_gradients("triton", inputs, others, 2, upstream)
     assert not torch.allclose(computed[0], other[0], atol=1e-2)  # they are what is attended to
-    without = forward_and_gradients(
-        "triton", inputs, replace(connectivity, window_means=means + 1), None, upstream
-    )
+    without = forward_and_gradients("triton", inputs, others, None, upstream)
     assert torch.equal(without[0], forward_and_gradients("triton", inputs, connectivity, None, upstream)[0])
+    # whoever gives keys of their own gets what belongs to these
+    public = sparse_attention(*inputs, others, 2, backend="triton")
+    torch.testing.assert_close(public, computed[0])

@@ -184,9 +184,11 @@ def test_ratio_loss_teaches_the_share():
     [{}, {"keep": 0.3, "tile": 1, "scorer": "pooled", "profile": "even"}],
     ids=["all keys", "lists of the keys that stay"],
 )
-def test_what_masking_trains_is_what_gathering_computes(options):
-    """With the patches that inference keeps as the policy, training gives the same class token."""
-    model, images = make_sparse(DynamicViT(0.6)), make_images(SIZE)
+@pytest.mark.parametrize("name", ["deit", "average pooling", "lv-vit"])
+def test_what_masking_trains_is_what_gathering_computes(name, options):
+    """With the patches that inference keeps as the policy, training gives the same logits."""
+    model, images = make_sparse(DynamicViT(0.6), name=name), make_images(SIZE)
+    model.eval()
     if options:
         sparsifiner.sparsify(model, summary=None, backend="torch", **options)
     with token_states(model) as states:
@@ -196,10 +198,20 @@ def test_what_masking_trains_is_what_gathering_computes(options):
             drawn = torch.zeros(2, 35).scatter_(1, state.positions, 1.0)
             logits = torch.stack([drawn, 1 - drawn], -1) * 1e4  # so that chance has no say
             block.reducer.logits = lambda patches, policy, logits=logits: logits
-    with token_states(model) as states:
-        masked = model.train()(images)
-    assert states[-1].policy[:, 1:].sum(1).tolist() == [8.0, 8.0]
-    assert (masked - expected).abs().max() < 1e-5
+    student = Student(model, STAGE_KINDS["classify"]).train()
+    for module in model.modules():  # whose statistics change
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    outputs = student(images)
+    assert outputs["policy"].sum(1).tolist() == [8.0, 8.0]
+    assert (outputs["logits"] - expected).abs().max() < 1e-5
+
+
+def test_heads_that_would_see_masked_patches_are_refused():
+    for name, options in (("map pooling, registers", {}), ("average pooling", {"global_pool": "max"})):
+        model = sparsifiner.sparsify(make_model(name, **options), keep=1.0, tokens=DynamicViT(0.6))
+        with pytest.raises(ValueError, match=r"stages: DynamicViT masks tokens.*use EViT or ToMe"):
+            Student(model, DISTIL)
 
 
 @pytest.mark.parametrize("stage", ["joint", "self"])

@@ -1,6 +1,7 @@
 """Times one attention operation, part by part, against the fastest dense path of the same run."""
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from sparsifiner.measure.rivals import (
 from sparsifiner.measure.settings import DTYPES, Precision, check_settings, cpu_threads, one_for_each
 from sparsifiner.ops import sparse_attention
 from sparsifiner.ops.backend import resolve_backend
+from sparsifiner.ops.sparse_attention.api import attend_scored
 from sparsifiner.scorers import ListSpec, Scorer, make_scorer
 
 EVERYTHING = "everything"
@@ -178,7 +180,8 @@ def _measure(case: Case, settings: OpsBenchmark, device: torch.device, source: R
     generator = torch.Generator(device).manual_seed(settings.seed)
     shape = (case.batch, case.layout.tokens, 3, settings.heads, settings.head_dim)
     sets = projected_inputs(shape, DTYPES[settings.dtype], generator)
-    sets += sets[: -len(sets) % settings.share]
+    layers = -(-len(sets) // settings.share) * settings.share  # as many as whole groups have
+    sets = list(itertools.islice(itertools.cycle(sets), layers))
     scorer = _make_scorer(case, settings, device)
     spec = case.list_spec(settings.head_dim)
     upstream = torch.randn(sets[0][0].shape, generator=generator, device=device).to(sets[0][0].dtype)
@@ -191,7 +194,7 @@ def _measure(case: Case, settings: OpsBenchmark, device: torch.device, source: R
 
     def score_and_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         held[:] = [scorer(q, k, v, spec)]
-        return share_lists(q, k, v)
+        return attend_scored(q, k, v, held[0], case.summary, backend=spec.backend)
 
     everything = [share_lists if layer % settings.share else score_and_attend for layer in range(len(sets))]
 
@@ -199,7 +202,7 @@ def _measure(case: Case, settings: OpsBenchmark, device: torch.device, source: R
     def result_and_lists() -> tuple[Tensor, Connectivity]:
         q, k, v = sets[0]
         connectivity = scorer(q, k, v, spec)
-        return sparse_attention(q, k, v, connectivity, case.summary, backend=spec.backend), connectivity
+        return attend_scored(q, k, v, connectivity, case.summary, backend=spec.backend), connectivity
 
     visits = (spec.budget + case.windows) / case.layout.tokens
     lists = [scorer(q, k, v, spec) for q, k, v in sets]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsifiner.connectivity import Connectivity
-from sparsifiner.ops import sparse_attention
+from sparsifiner.ops.sparse_attention.api import attend_scored
 from sparsifiner.patch import sparse_layers, sparsify
 from sparsifiner.scorers import ListSpec, Scorer
 
@@ -139,7 +139,7 @@ def _results(
 ) -> list[Tensor]:
     """The output and, with `upstream`, the gradients of q, k and v."""
     q, k, v = (each.detach().requires_grad_(upstream is not None) for each in inputs)
-    out = sparse_attention(q, k, v, connectivity, summary, backend=backend)
+    out = attend_scored(q, k, v, connectivity, summary, backend=backend)
     if upstream is None:
         return [out]
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), upstream)]

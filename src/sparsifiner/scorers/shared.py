@@ -1,13 +1,12 @@
 """Lists that several layers share: one layer scores, those behind it attend by the same lists."""
 
 import threading
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsifiner.connectivity import Connectivity
+from sparsifiner.connectivity import Connectivity, ScoredLists
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
 
 
@@ -18,8 +17,9 @@ class SharedLists:
         self._call = threading.local()
 
     def put(self, connectivity: Connectivity | None) -> None:
-        """Holds lists for the layers behind, whose keys and values have other means; None lets them go."""
-        self._call.connectivity = None if connectivity is None else replace(connectivity, window_means=None)
+        """Holds lists for the layers behind, which have other keys and values; None lets them go."""
+        lists = connectivity.alone() if isinstance(connectivity, ScoredLists) else connectivity
+        self._call.connectivity = lists
 
     def get(self) -> Connectivity:
         """The lists of this thread's call.

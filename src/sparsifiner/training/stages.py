@@ -13,6 +13,7 @@ from sparsifiner.attention import SparseAttention
 from sparsifiner.layout import TokenLayout
 from sparsifiner.models.adapter import is_predictor, is_scorer
 from sparsifiner.models.features import patch_tokens, token_states
+from sparsifiner.models.lvvit import LVViT
 from sparsifiner.ops.precision import without_autocast
 from sparsifiner.patch import desparsify
 from sparsifiner.scorers import BorrowingScorer
@@ -83,6 +84,13 @@ class Student(nn.Module):
             raise ValueError(
                 "stages: joint and self compare attention of all tokens, but tokens drops some; use distil, "
                 "after reconstruct where the scorer learns"
+            )
+        predicts = any(is_predictor(name) for name, _ in model.named_parameters())
+        if predicts and kind.trains != "scorer" and not _knows_who_stays(model):
+            raise ValueError(
+                "stages: DynamicViT masks tokens while it trains, and the head of this model "
+                f"(global_pool={model.global_pool!r}) would look at all of them; use EViT or ToMe, "
+                "or a model that pools by token or avg"
             )
         self.model = model
         self.kind = kind
@@ -217,13 +225,36 @@ def _forward(model: Any, images: Tensor) -> dict[str, Tensor]:
     with token_states(model) as states:
         features = model.forward_features(images)
     state = states[-1] if states else None
-    outputs = {"tokens": patch_tokens(model, features, state), "logits": model.forward_head(features)}
+    seen = features if state is None or state.policy is None else _staying(model, features, state.policy)
+    outputs = {"tokens": patch_tokens(model, features, state), "logits": model.forward_head(seen)}
     if state is not None and state.positions is not None:
         outputs["positions"] = state.positions
     if state is not None and state.policy is not None:
         outputs["policy"] = state.policy[:, state.prefix :]
         outputs["ratio"] = ratio_loss(model.blocks, states)
     return outputs
+
+
+def _knows_who_stays(model: nn.Module) -> bool:
+    """Whether `_staying` can keep masked tokens from the head."""
+    assert isinstance(model, VisionTransformer)
+    if isinstance(model, LVViT):
+        return bool(model.global_pool == "token")
+    return model.attn_pool is None and model.global_pool in {"token", "avg"}
+
+
+def _staying(model: VisionTransformer, features: Tensor, policy: Tensor) -> Tensor:
+    """Features [B, N, C] of which the head makes what it makes of the tokens that stay, [B, N] of 0 and 1."""
+    if isinstance(model, LVViT):
+        # of the largest logits of all patches, those of a patch that is there twice change nothing
+        stays = policy.detach()[:, model.num_prefix_tokens :]
+        one_that_stays = stays.argmax(1, keepdim=True) + model.num_prefix_tokens
+        return torch.where(policy[:, :, None] > 0, features, take_tokens(features, one_that_stays))
+    if model.global_pool == "avg":
+        counted = policy if model.pool_include_prefix else policy[:, model.num_prefix_tokens :]
+        mean_of_staying = counted.shape[1] / counted.sum(1, keepdim=True).clamp(min=1.0)
+        return features * (policy * mean_of_staying)[:, :, None]
+    return features
 
 
 def _layout_of(model: nn.Module, images: Tensor) -> TokenLayout:

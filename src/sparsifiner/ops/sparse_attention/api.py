@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sparsifiner.connectivity import Connectivity
+from sparsifiner.connectivity import Connectivity, ScoredLists
 from sparsifiner.ops.backend import resolve_backend
 from sparsifiner.ops.kernels import why_no_kernel
 from sparsifiner.ops.precision import without_autocast
@@ -55,6 +55,33 @@ def sparse_attention(
     Source:
         Wei et al., "Sparsifiner", CVPR 2023, section 3.3; tiles and summaries are ours.
     """
+    return _attend(q, k, v, connectivity, None, summary, scale, backend)
+
+
+def attend_scored(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    connectivity: Connectivity,
+    summary: int | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """As `sparse_attention`, by lists that a scorer made from these very keys, values and windows."""
+    means = connectivity.window_means if isinstance(connectivity, ScoredLists) and summary else None
+    return _attend(q, k, v, connectivity, means, summary, scale, backend)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    connectivity: Connectivity,
+    window_means: Tensor | None,
+    summary: int | None,
+    scale: float | None,
+    backend: str,
+) -> Tensor:
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise TypeError(
             "sparse_attention: q, k and v must share one floating dtype, "
@@ -98,8 +125,7 @@ def sparse_attention(
             return native
         if scale < 0:  # kernels take the largest product for that of the largest logit
             q, scale = -q, -scale
-        means = connectivity.window_means if summary else None
-        out: Tensor = operators.attend(q, k, v, connectivity.indices, means, *geometry, scale)[0]
+        out: Tensor = operators.attend(q, k, v, connectivity.indices, window_means, *geometry, scale)[0]
         return out
 
 
