@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -91,7 +92,7 @@ def run_until(folder, event, count):
     loop._Trainer._train_step = kill_at("step", loop._Trainer._train_step)
     loop._Trainer._validate = kill_at("validation", loop._Trainer._validate)
     RunFolder.save_weights = kill_at("weights", RunFolder.save_weights)
-    loop.Progress.state_dict = kill_at("checkpoint", loop.Progress.state_dict)
+    loop.Progress.save = kill_at("checkpoint", loop.Progress.save)
     run(folder, resume=True)
 
 
@@ -222,3 +223,29 @@ def test_every_step_and_part_draws_anew(tmp_path, monkeypatch):
     assert len(mixed) == len(dropped) == 2 * 4 * 2
     assert len(set(mixed)) == 2 * 4  # the parts of a batch are mixed alike
     assert len(set(dropped)) == 2 * 4 * 2
+
+
+class Executes:
+    """A pickle that leaves a file where it is read carelessly."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+def test_nothing_in_a_checkpoint_is_executed(undisturbed, tmp_path):
+    read = sorted(file.name for file in (undisturbed / "checkpoints").glob("*/*"))
+    assert {"model.safetensors", "optimizer.bin", "progress.pt", "random_states_0.pkl"} == set(read)
+    for name in set(read) - {"model.safetensors"}:
+        copy = tmp_path / name
+        shutil.copytree(undisturbed, copy)
+        (file,) = (copy / "checkpoints").glob(f"*/{name}")
+        torch.save(Executes(tmp_path / f"executed by {name}"), file)
+        if name == "random_states_0.pkl":  # Accelerate goes on without them
+            run(copy, resume=True)
+        else:
+            with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+                run(copy, resume=True)
+    assert not list(tmp_path.glob("executed*"))

@@ -53,6 +53,8 @@ from sparsifiner.viz.training_report import write_training_report
 
 _logger = logging.getLogger(__name__)
 
+_PROGRESS = "progress.pt"
+
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -87,17 +89,22 @@ class Progress:
     ema: ModelEmaV3 | None = None
     teacher: str = ""
 
-    def state_dict(self) -> dict[str, Any]:
-        """As Accelerate saves it."""
+    def save(self, folder: Path) -> None:
+        """Writes it into a checkpoint."""
         ema = {} if self.ema is None else self.ema.module.state_dict()
-        return {**vars(self), "ema": ema}
+        torch.save({**vars(self), "ema": ema}, folder / _PROGRESS)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As Accelerate loads it.
+    def load(self, folder: Path) -> None:
+        """Reads it from a checkpoint, without running code that may be in there.
 
         Raises:
-            ValueError: the run has another teacher now.
+            ValueError: the run has another teacher now, or the checkpoint is of an older version.
         """
+        if not (folder / _PROGRESS).exists():
+            raise ValueError(
+                f"{folder} holds no {_PROGRESS}, an older version wrote it; give another --output"
+            )
+        state = torch.load(folder / _PROGRESS, map_location="cpu", weights_only=True)
         if state["teacher"] != self.teacher:
             raise ValueError(
                 "the teacher's weights are not those that the run began with; give the same weights, or "
@@ -260,13 +267,12 @@ class _Trainer:
     state: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
-        """Tells Accelerate what a checkpoint holds."""
+        """Notes what never trains, and the teacher."""
         self.frozen = {
             name for name, parameter in self.model.named_parameters() if not parameter.requires_grad
         }
         if self.teacher is not None:
             self.state.teacher = weights_digest(self.teacher.model)
-        self.accelerator.register_for_checkpointing(self.state)
         name_weights_alike(self.accelerator)
 
     def run_stage(self, index: int, stage: Stage) -> None:
@@ -289,6 +295,7 @@ class _Trainer:
         if recipe.ema_decay is not None:
             self.state.ema = ModelEmaV3(self.model, recipe.ema_decay, use_warmup=recipe.ema_warmup)
         if self.run.checkpoint is not None and index == reached.stage:
+            self.state.load(self.run.checkpoint)
             accelerator.load_state(str(self.run.checkpoint))
             accelerator.step = 0  # a checkpoint stands between two optimizer steps
 
@@ -402,9 +409,15 @@ class _Trainer:
 
     def _save_checkpoint(self, position: Position) -> None:
         self._average_sums()
+
+        def save(folder: Path) -> None:
+            self.accelerator.save_state(str(folder))
+            if self.accelerator.is_main_process:
+                self.state.save(folder)
+
         self.run.save_checkpoint(
             position,
-            save=lambda folder: self.accelerator.save_state(str(folder)),
+            save=save,
             wait=self.accelerator.wait_for_everyone,
         )
 
