@@ -354,6 +354,7 @@ def test_supported_models_have_no_reason():
         ({"backend": "cuda"}, "backend='cuda' is unknown"),
         ({"min_tokens": -1}, "min_tokens must be at least 0"),
         ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": 2**32}, "seed must be below"),
         ({"basis_threshold": float("nan")}, "basis_threshold must be a number of at least 0"),
         ({"keep": None}, "keep must be a number"),
         ({"summary": [2]}, "summary must be a whole number"),
@@ -429,6 +430,12 @@ def test_registered_models_are_made_by_timm():
     custom = SparsifyConfig(keep=0.1, tile=4)
     model = timm.create_model("sparsifiner_deit_tiny_patch16_224", sparsify_config=custom, depth=1)
     assert model.blocks[0].attn.config == custom
+    with pytest.raises(ValueError, match=r"keep=0\.9 contradicts sparsify_config"):
+        timm.create_model("sparsifiner_deit_tiny_patch16_224", keep=0.9, sparsify_config=custom, depth=1)
+
+
+def test_a_model_without_blocks_is_refused():
+    assert sparsifiner.why_not(make_model("deit", depth=0)) == ["it has no blocks"]
 
 
 def test_shapes_without_data():

@@ -81,6 +81,8 @@ class SparsifyConfig:
         self._check_groups(listed)
         self._check_at_least("min_tokens", 0, "0 makes every layer sparse")
         self._check_at_least("seed", 0, "any whole number below 2 ** 32 will do")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed must be below 2 ** 32, got {self.seed}")
         if self.backend not in {"auto", *BACKENDS}:
             raise ValueError(f"backend={self.backend!r} is unknown; choose 'auto' or one of {BACKENDS}")
         if self.tokens is not None:

@@ -163,6 +163,8 @@ def reasons_against(model: nn.Module, attentions: Collection[type[nn.Module]]) -
     reasons = []
     if getattr(model.patch_embed, "grid_size", None) is None:
         reasons.append(f"{type(model.patch_embed).__name__} has no patch grid (grid_size)")
+    if not len(model.blocks):
+        reasons.append("it has no blocks")
     for index, block in enumerate(model.blocks):
         attn = getattr(block, "attn", None)
         if type(block) not in {Block, ResPostBlock, TokenBlock}:

@@ -75,6 +75,19 @@ def test_empty_lists_and_slots_equal_the_reference():
         assert (a - e).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("summary", [None, 2])
+def test_lists_without_a_slot_equal_the_reference(summary):
+    layout = TokenLayout((4, 4), 1)
+    q, k, v = make_qkv(layout)
+    for tile, rows in ((1, 16), (2, 4)):
+        indices = torch.zeros(*q.shape[:2], rows, 0, dtype=torch.int32)
+        connectivity = Connectivity(indices, layout.grid, tile, layout.prefix)
+        expected = sparse_attention(q, k, v, connectivity, summary, backend="reference")
+        assert (expected[:, :, 1:] == 0).all() == (summary is None)
+        actual = sparse_attention(q, k, v, connectivity, summary, backend="torch")
+        assert (actual - expected).abs().max() < 1e-6
+
+
 def test_huge_logits_equal_the_reference():
     layout = TokenLayout((14, 14), 1)
     q, k, v = (x * 100 for x in make_qkv(layout))

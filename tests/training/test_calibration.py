@@ -3,12 +3,13 @@
 import copy
 import itertools
 import json
+import signal
 
 import pytest
 import timm
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 import sparsifiner
@@ -197,6 +198,14 @@ class TestFit:
         assert all(parameter.grad is None for parameter in model.parameters())
         assert report.error < calibrate(unfitted, batches, fit_steps=0, progress=False).error
 
+    def test_an_interrupted_fit_leaves_the_model_trainable(self, monkeypatch):
+        with pytest.warns(UserWarning, match="untrained"):
+            model = make_sparse(preset="paper", basis=8, coef_topk=4)
+        monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, make_batches(8), fit_steps=100, progress=False)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
     def test_a_fit_that_makes_it_worse_is_taken_back(self, monkeypatch):
         with pytest.warns(UserWarning, match="untrained"):
             model = make_sparse(preset="paper", basis=8, coef_topk=4)
@@ -251,7 +260,7 @@ class TestAdapters:
         sparsifiner.save_adapter(model, tmp_path / "a.safetensors")
         with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
             assert json.loads(file.metadata()["sparsifiner"])["basis"] == 4
-        other = timm.create_model("deit_tiny_patch16_224", img_size=64, **SMALL)
+        other = timm.create_model("deit_tiny_patch16_224", img_size=32, **{**SMALL, "embed_dim": 48})
         with pytest.raises(ValueError, match="does not fit the model"):
             sparsifiner.load_adapter(other, tmp_path / "a.safetensors")
         with pytest.raises(ValueError, match=r"call sparsifiner\.sparsify"):  # it stayed dense
@@ -262,6 +271,44 @@ class TestAdapters:
             sparsifiner.load_adapter(other, tmp_path / "a.safetensors")
         assert other.blocks[0].attn.scorer is scorer
         assert {layer.config.keep for layer in sparse_layers(other)} == {0.3}
+
+    @pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
+    def test_an_incomplete_file_changes_nothing(self, tmp_path):
+        sparsifiner.save_adapter(make_sparse(preset="paper", coef_topk=3), tmp_path / "a.safetensors")
+        with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+            told = file.metadata()
+        scorers = load_file(tmp_path / "a.safetensors")
+        del scorers["blocks.2.attn.scorer.up"]
+        save_file(scorers, tmp_path / "a.safetensors", told)
+        model, images = make_sparse(preset="paper", basis_threshold=0.01), make_batches(1)[0]
+        with torch.no_grad():
+            expected = model(images)
+            with pytest.raises(ValueError, match=r"blocks\.2\.attn\.scorer\.up is missing"):
+                sparsifiner.load_adapter(model, tmp_path / "a.safetensors")
+            assert torch.equal(model(images), expected)
+        assert sparse_layers(model)[0].config.basis_threshold == 0.01
+
+    @pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
+    def test_scorers_follow_to_another_image_size(self, tmp_path):
+        model = make_sparse(preset="paper")
+        sparsifiner.save_adapter(model, tmp_path / "a.safetensors")
+        save_file(model.state_dict(), tmp_path / "sparse.safetensors")
+        loaded = load_model(
+            "deit_tiny_patch16_224",
+            weights=tmp_path / "sparse.safetensors",
+            resample=True,
+            config=sparse_layers(model)[0].config,
+            img_size=48,
+            model_args=SMALL,
+        )
+        adapted = sparsifiner.load_adapter(
+            timm.create_model("deit_tiny_patch16_224", img_size=48, **SMALL), tmp_path / "a.safetensors"
+        )
+        for other in (loaded, adapted):
+            scorer = sparse_layers(other)[1].scorer
+            assert torch.equal(scorer.up, sparse_layers(model)[1].scorer.up)
+            assert scorer.native_layout.grid == (8, 8)
+            assert other(torch.zeros(1, 3, 48, 48)).shape == (1, 10)
 
     def test_a_configuration_besides_its_own_is_refused(self, tmp_path):
         sparsifiner.save_adapter(make_sparse(), tmp_path / "a.safetensors")

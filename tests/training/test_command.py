@@ -171,6 +171,9 @@ def errors():
     yield ["--stages", "[]"], "stages is empty"
     yield ["--stages", "[{name: distil, epochs: 1}, {name: reconstruct, epochs: 1}]"], "put reconstruct first"
     yield ["--validation-split", "train"], "the same images for training and validation"
+    yield ["--validation-split", "training"], "the same images for training and validation"
+    seven = ["--model-args", json.dumps({**SMALL, "num_classes": 7})]
+    yield seven, "data='digits' has 10 classes, but the model has 7; create it with num_classes=10"
     yield ["--data", "/nowhere/images"], "does not exist"
     yield ["--preset", "dense", "--stages", "[{name: reconstruct, epochs: 1}]"], "nothing is left to train"
     yield ["--preset", "fast", "--stages", "[{name: joint, epochs: 1}]"], "joint trains the scorer too"

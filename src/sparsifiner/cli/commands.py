@@ -110,9 +110,7 @@ def evaluate(
     chosen = choose_device(device)
     images = open_images(data, split, limit=limit)
     built = build_model(model, weights, config, images.num_classes)
-    classes = getattr(built, "num_classes", None)
-    if classes != images.num_classes:
-        raise ValueError(f"data={data!r} has {images.num_classes} classes, but the model has {classes}")
+    images.check_classes(built)
     built.to(chosen)
     dense = desparsify(copy.deepcopy(built)) if against_dense or dense_weights else None
     if dense is not None and dense_weights is not None:

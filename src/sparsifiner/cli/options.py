@@ -231,8 +231,7 @@ class DataOptions:
         images = open_images(self.data, self.train_split, limit=self.limit)
         elsewhere = self.validation_data or self.data
         validation = open_images(elsewhere, self.validation_split, limit=self.validation_limit)
-        same_place = Path(elsewhere).resolve() == Path(self.data).resolve()
-        if same_place and (images.whole or self.train_split == self.validation_split):
+        if _place_of(elsewhere) == _place_of(self.data) and images.split == validation.split:
             raise ValueError(
                 f"data={self.data!r} would give the same images for training and validation; put them into "
                 "folders 'train' and 'validation', or give validation_data"
@@ -243,3 +242,8 @@ class DataOptions:
                 f"{validation.num_classes} for validation, or other names; give both the same classes"
             )
         return images, validation
+
+
+def _place_of(data: str) -> Path:
+    """Data sets of the hub have two names, folders many."""
+    return Path(data.removeprefix("hfds/")).expanduser().resolve()

@@ -160,6 +160,7 @@ def compare(
     """
     if not isinstance(dense, VisionTransformer):
         raise ValueError(f"dense must be a timm VisionTransformer, got {type(dense).__name__}")
+    images.check_classes(dense)
     for name, budget in dict.fromkeys((name, budget) for name, budget, *_ in _settings(comparison)):
         METHODS[name].build(copy.deepcopy(dense), budget, comparison.geometry)  # rather now than after hours
     output = Path(output)

@@ -23,6 +23,7 @@ from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from torch import nn
 from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -46,11 +47,11 @@ _LIBRARY_ERRORS = (
 
 
 class _Opened(NamedTuple):
-    """A reader, its class names, and whether it reads all there is because that names no splits."""
+    """A reader, its class names, and the split that it reads, None for all there is."""
 
     reader: Any
     class_names: Sequence[str]
-    whole: bool = False
+    split: str | None = None
 
 
 class UnreadableImageError(ValueError):
@@ -68,7 +69,7 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         data: what `open_images` was given.
         class_names: name of each label.
         num_classes: number of classes.
-        whole: whether these are all images there are, since `data` names no splits.
+        split: the split's own name; None if these are all images there are, since `data` names no splits.
     """
 
     def __init__(
@@ -77,12 +78,12 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
         class_names: Sequence[str],
         data: str,
         limit: int | None = None,
-        whole: bool = False,
+        split: str | None = None,
     ):
         # a timm reader, giving (binary file, label), or a sequence of (PIL image, label)
         self._reader = reader
         self.data = data
-        self.whole = whole
+        self.split = split
         self.class_names = list(class_names)
         self.num_classes = len(self.class_names)
         count = len(reader)
@@ -92,6 +93,19 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def check_classes(self, model: nn.Module) -> None:
+        """Checks that a model tells as many classes apart as there are here.
+
+        Raises:
+            ValueError: it does not.
+        """
+        classes = getattr(model, "num_classes", None)
+        if classes != self.num_classes:
+            raise ValueError(
+                f"data={self.data!r} has {self.num_classes} classes, but the model has {classes}; create it "
+                f"with num_classes={self.num_classes}"
+            )
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         row = self._rows[index]
@@ -134,7 +148,7 @@ def open_images(data: str | Path, split: str = "validation", *, limit: int | Non
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}; None takes all images")
     opened = _open(data, split)
-    return ImageSet(opened.reader, opened.class_names, data, limit, opened.whole)
+    return ImageSet(opened.reader, opened.class_names, data, limit, opened.split)
 
 
 def _open(data: str, split: str) -> _Opened:
@@ -147,7 +161,7 @@ def _open(data: str, split: str) -> _Opened:
     if path.is_dir():
         return _open_folder(data, path, split)
     if path.suffix == ".tar" and path.is_file():
-        return _open_tars(data, split, path, whole=True)._replace(whole=True)
+        return _open_tars(data, split, path, whole=True)._replace(split=None)
     if path.exists():
         raise ValueError(f"data={data!r} is neither a folder nor a .tar file; give {_SOURCES}")
     name = data.removeprefix("hfds/")
@@ -170,11 +184,12 @@ def _open_digits(split: str) -> _Opened:
     rows = dict(zip(("train", "validation"), parts, strict=True))
     # the intensities are 0 to 16
     pixels = (digits.images * (255 / 16)).round().astype(np.uint8)
+    chosen = _choose_split("digits", split, list(rows))
     images = [
         (Image.fromarray(pixels[row]).resize((32, 32), Image.Resampling.BICUBIC), int(digits.target[row]))
-        for row in sorted(rows[_choose_split("digits", split, list(rows))])
+        for row in sorted(rows[chosen])
     ]
-    return _Opened(images, [str(name) for name in digits.target_names])
+    return _Opened(images, [str(name) for name in digits.target_names], chosen)
 
 
 def _open_cifar(data: str, split: str) -> _Opened:
@@ -185,11 +200,11 @@ def _open_cifar(data: str, split: str) -> _Opened:
     remedy = f"unpack {archive.url} there"
     if not (root / archive.base_folder).is_dir():
         raise FileNotFoundError(f"data={data!r} has no folder {archive.base_folder!r}; {remedy}")
-    train = _choose_split(data, split, ["train", "test"]) == "train"
+    chosen = _choose_split(data, split, ["train", "test"])
     # checks the files' MD5 sums before it unpickles them
     with _explain(f"data={data!r} is incomplete or damaged", remedy):
-        images = archive(root, train=train)
-    return _Opened(images, images.classes)
+        images = archive(root, train=chosen == "train")
+    return _Opened(images, images.classes, chosen)
 
 
 def _open_folder(data: str, path: Path, split: str) -> _Opened:
@@ -198,11 +213,13 @@ def _open_folder(data: str, path: Path, split: str) -> _Opened:
     folders = _subfolders(path)
     # a split is a folder of folders or tar files, a class a folder of images
     splits = [folder.name for folder in folders if _subfolders(folder) or any(folder.glob("*.tar"))]
-    if splits:
-        path = path / _choose_split(data, split, splits)
+    chosen = _choose_split(data, split, splits) if splits else None
+    if chosen is not None:
+        path = path / chosen
         folders = _subfolders(path)
     if any(path.glob("*.tar")):
-        return _open_tars(data, split, path, whole=bool(splits))
+        opened = _open_tars(data, split, path, whole=bool(splits))
+        return opened if chosen is None else opened._replace(split=chosen)
     if not folders:
         raise ValueError(f"data={data!r} holds no images in class folders; give {_SOURCES}")
     remedy = f"put {', '.join(_EXTENSIONS)} files into each class folder or remove the folder"
@@ -215,7 +232,7 @@ def _open_folder(data: str, path: Path, split: str) -> _Opened:
         raise ValueError(f"data={data!r} holds images outside of its class folders; move or remove them")
     if not splits:
         _log_whole(data, split)
-    return _Opened(reader, list(reader.class_to_idx), whole=not splits)
+    return _Opened(reader, list(reader.class_to_idx), chosen)
 
 
 def _open_tars(data: str, split: str, path: Path, *, whole: bool) -> _Opened:
@@ -239,7 +256,7 @@ def _open_tars(data: str, split: str, path: Path, *, whole: bool) -> _Opened:
         raise ValueError(f"data={data!r} holds images without a class; put them into class folders")
     if not whole:
         _log_whole(data, split)
-    return _Opened(reader, list(reader.class_name_to_idx), not whole)
+    return _Opened(reader, list(reader.class_name_to_idx))
 
 
 def _open_files(data: str, split: str, path: Path, shards: Sequence[Path] | None = None) -> _Opened:
@@ -261,7 +278,7 @@ def _open_files(data: str, split: str, path: Path, shards: Sequence[Path] | None
         data_files = {chosen: list(files[chosen])}
     with explain():
         table = datasets.load_dataset(name, data_files=data_files, split=chosen)
-    return _open_table(data, table)._replace(whole=whole)
+    return _open_table(data, table)._replace(split=None if whole else chosen)
 
 
 def _open_hub(data: str, split: str, name: str) -> _Opened:
@@ -272,7 +289,7 @@ def _open_hub(data: str, split: str, name: str) -> _Opened:
     chosen = _choose_split(data, split, splits)
     with _explain(problem, remedy, FileNotFoundError):
         table = datasets.load_dataset(name, split=chosen)
-    return _open_table(data, table)
+    return _open_table(data, table)._replace(split=chosen)
 
 
 def _open_table(data: str, table: Any) -> _Opened:

@@ -2,6 +2,7 @@
 
 import difflib
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sparsifiner.models.adapter import is_predictor, is_scorer, read_adapter_con
 from sparsifiner.patch import about_to_train, desparsify, sparsify
 
 _SHOWN_KEYS = 3
+_RELEASED = ".mask_predictor."  # the scorer's name in released checkpoints
 
 
 def load_model(
@@ -123,7 +125,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
         raise ValueError(f"weights={str(path)!r} holds no state dict of tensors")
     # DistributedDataParallel saves its inner model under this name
     return {key.removeprefix("module."): value for key, value in content.items()}
@@ -151,7 +155,9 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
         )
     scorers = _read_adapter(path, config)
     sparse = _sparse(model)
-    changed = [model, *sparse] if sparse else []  # the model for its blocks, which may drop tokens
+    changed: list[nn.Module] = []
+    if sparse:  # the model for its blocks, which may drop tokens
+        changed = [model, *sparse, *(layer.scorer for layer in sparse)]
     before = [(module, dict(module.__dict__), dict(module._modules)) for module in changed]
     try:
         with about_to_train(predictor=False):  # the scorer's weights are about to come
@@ -209,11 +215,12 @@ def _resampled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 def _load_checked(
     model: nn.Module, state: dict[str, Tensor], source: str, *, may_resample: bool = False
 ) -> None:
+    """Loads a state whole, or says what does not fit and leaves the model as it was."""
     own = model.state_dict()
     wrong_shape = [
         f"{key} is {list(value.shape)} in the file and {list(own[key].shape)} in the model"
         for key, value in state.items()
-        if key in own and own[key].shape != value.shape
+        if key in own and not _fits(key, value, own[key])
     ]
     if wrong_shape:
         hint = ", or give --resample if only the image or patch size differs" if may_resample else ""
@@ -221,23 +228,41 @@ def _load_checked(
             f"{source} does not fit the model: {_shorten(wrong_shape)}; "
             f"set --model-args and --img-size to those that it was made with{hint}"
         )
+    if not any(_RELEASED in key for key in state):
+        _check_names([key for key in own if key not in state], state.keys() - own.keys(), state, source)
+        model.load_state_dict(state, strict=False)
+        return
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # shapes under the names of released checkpoints
         lines = str(error).splitlines()[1:]
         raise ValueError(f"{source} does not fit the model: {_shorten(lines)}") from error
+    _check_names(missing, unexpected, state, source)
+
+
+def _fits(key: str, value: Tensor, own: Tensor) -> bool:
+    """Whether the shape is right; a scorer takes over the number of tokens that its weights are for."""
+    if is_scorer(key) and key.rpartition(".")[2] in {"down", "up"}:
+        return value.shape[1:] == own.shape[1:]
+    return value.shape == own.shape
+
+
+def _check_names(
+    missing: Iterable[str], unexpected: Iterable[str], state: dict[str, Tensor], source: str
+) -> None:
+    missing = [key for key in missing if not key.endswith(".scorer.native_grid")]  # older files do not tell
     if not _holds_scorer(state):  # dense weights have no scorer: that is what training adds
         missing = [key for key in missing if not is_scorer(key)]
     if not any(is_predictor(key) for key in state):
         missing = [key for key in missing if not is_predictor(key)]
-    if missing or unexpected:
-        problems = [f"{key} is missing from the file" for key in missing]
-        problems += [f"{key} is unknown to the model" for key in unexpected]
+    problems = [f"{key} is missing from the file" for key in missing]
+    problems += [f"{key} is unknown to the model" for key in sorted(unexpected)]
+    if problems:
         raise ValueError(f"{source} does not fit the model: {_shorten(problems)}")
 
 
 def _holds_scorer(state: dict[str, Tensor]) -> bool:
-    return any(is_scorer(key) or ".mask_predictor." in key for key in state)
+    return any(is_scorer(key) or _RELEASED in key for key in state)
 
 
 def _check_image_size(model: nn.Module, name: str) -> None:

@@ -26,21 +26,23 @@ _DENSE_NAMES = (
 def _register(dense_name: str) -> Callable[..., nn.Module]:
     def create(
         pretrained: bool = False,
-        keep: float | list[float] = 0.25,
+        keep: float | list[float] | None = None,
         sparsify_config: SparsifyConfig | None = None,
         **kwargs: Any,
     ) -> nn.Module:
+        if keep is not None and sparsify_config is not None:
+            raise ValueError(f"keep={keep!r} contradicts sparsify_config, which has its own; leave one out")
         dense: nn.Module = timm.create_model(dense_name, pretrained=pretrained, **kwargs)
         if sparsify_config is not None:
             return sparsify(dense, sparsify_config)
-        return sparsify(dense, preset="paper", keep=keep)
+        return sparsify(dense, preset="paper", keep=0.25 if keep is None else keep)
 
     create.__name__ = create.__qualname__ = f"sparsifiner_{dense_name}"
     create.__doc__ = f"""{dense_name} with the paper's sparse attention.
 
     Args:
         pretrained: load timm's weights of the dense model.
-        keep: share of keys that every query attends to, or one per layer.
+        keep: share of keys that every query attends to, or one per layer; .25 by default.
         sparsify_config: the whole configuration instead of the preset "paper".
         **kwargs: arguments of the dense model.
     """

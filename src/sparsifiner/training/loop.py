@@ -171,6 +171,9 @@ def train(
         raise ValueError(
             f"batch_size={recipe.batch_size} exceeds the {len(images)} training images; lower batch_size"
         )
+    for learner_or_teacher in (model, teacher):
+        if learner_or_teacher is not None:
+            images.check_classes(learner_or_teacher)
     stages = choose_stages(model, recipe, teacher)
     run = begin_together(
         accelerator, Path(output), {**(settings or {}), **recipe_settings(recipe)}, resume=resume

@@ -35,15 +35,17 @@ def fit_scorers(model: nn.Module, batches: Sequence[Tensor], steps: int, *, prog
     optimizer = torch.optim.AdamW(weights, lr=_LR)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, _LAST_LR)
     bar = tqdm(range(steps), desc="fitting", unit="step", disable=None if progress else True, leave=False)
-    with torch.enable_grad():
-        for step in bar:
-            images = batches[step % len(batches)]
-            loss = student(images, teacher(images, projections=True).projections)["reconstruct"]
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trainable[name])
-        parameter.grad = None
+    try:
+        with torch.enable_grad():
+            for step in bar:
+                images = batches[step % len(batches)]
+                loss = student(images, teacher(images, projections=True).projections)["reconstruct"]
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable[name])
+            parameter.grad = None
     return True

@@ -2,8 +2,10 @@
 
 import functools
 import logging
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -108,6 +110,8 @@ def _attend(
         raise ValueError(
             f"sparse_attention: summary must be a window side of at least 1 patch or None, got {summary!r}"
         )
+    if not connectivity.indices.shape[-1]:  # no backend has to know lists without a slot
+        connectivity = replace(connectivity, indices=F.pad(connectivity.indices, (0, 1), value=-1))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = resolve_backend(backend, "sparse_attention", q.device, _why_not(q, connectivity, summary))
     if chosen == "cpu" and _wants_gradients(q, k, v):
