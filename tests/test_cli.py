@@ -356,8 +356,9 @@ class TestWeights:
         self.check(capsys, path, "it may be corrupt or cut off")
 
     def test_no_state_dict(self, capsys, tmp_path):
-        torch.save({"epoch": 3}, tmp_path / "model.pth")
-        self.check(capsys, tmp_path / "model.pth", "holds no state dict")
+        for content in ({"epoch": 3}, {0: torch.zeros(1)}):
+            torch.save(content, tmp_path / "model.pth")
+            self.check(capsys, tmp_path / "model.pth", "holds no state dict")
 
     def test_other_shapes(self, capsys, tmp_path):
         other = timm.create_model("deit_tiny_patch16_224", depth=2, num_classes=10)

@@ -31,6 +31,21 @@ def test_the_faster_of_sparse_and_compiled_sparse_is_drawn():
     assert list(_lines(rows, "tokens").values()) == [[sparse]]
 
 
+def test_every_option_tells_lines_apart():
+    others = {
+        "share": 2,
+        "profile": "falling",
+        "pool": 4,
+        "min_tokens": 2000,
+        "token_method": {"method": "evit"},
+    }
+    plain = ROW | {"share": 1, "profile": "even", "pool": None, "min_tokens": 0, "token_method": None}
+    rows = [plain, *(plain | {name: value} for name, value in others.items())]
+    lines = _lines(rows, "tokens")
+    assert sorted(map(len, lines.values())) == [1] * len(rows)
+    assert "forward, bf16, pooled, even, share 2, min_tokens 0, GPU" in lines
+
+
 def test_keep_and_batch_may_change_along_a_line_but_not_within_a_size():
     larger = ROW | {"tokens": 1024, "batch": 2, "keep": 0.05}
     assert list(_lines([larger, ROW], "tokens").values()) == [[ROW, larger]]

@@ -13,7 +13,21 @@ _OURS = frozenset({"everything", "sparse", "sparse compiled"})
 # what sizes are of each benchmark: its column and its name
 _SIZES = {"ops": ("tokens", "tokens N"), "model": ("img_size", "image side, px")}
 # what tells one line from another, and what may change along a line
-_LINE = ("model", "measure", "dtype", "scorer", "tile", "prefix", "heads", "head_dim", "backend", "device")
+_LINE = (
+    *(
+        "model",
+        "measure",
+        "dtype",
+        "scorer",
+        "profile",
+        "tile",
+        "pool",
+        "share",
+        "min_tokens",
+        "token_method",
+    ),
+    *("prefix", "heads", "head_dim", "backend", "device"),
+)
 _POINT = ("keep", "summary", "batch")
 
 Row = Mapping[str, Any]
@@ -74,7 +88,11 @@ def _lines(rows: Sequence[Row], size: str) -> dict[str, list[Row]]:
     shared = [index for index in range(len(_LINE)) if len({key[index] for key in lines}) == 1]
     labelled: dict[str, list[Row]] = {}
     for key, points in lines.items():
-        told = [text for index, text in enumerate(key) if text != "None" and _is_told(index, shared)]
+        told = [
+            _named(_LINE[index], points[0][_LINE[index]])
+            for index, text in enumerate(key)
+            if text != "None" and _is_told(index, shared)
+        ]
         apart = [column for column in _POINT if _differs_within_a_size(points, column, size)]
         for point in sorted(points, key=lambda each: each[size]):
             label = ", ".join([*told, *(f"{column} {_short(point[column])}" for column in apart)])
@@ -85,6 +103,13 @@ def _lines(rows: Sequence[Row], size: str) -> dict[str, list[Row]]:
 def _is_told(index: int, shared: list[int]) -> bool:
     """Whether a label names a column: always what is timed, how and where, others where lines differ."""
     return index not in shared or _LINE[index] in {"model", "measure", "dtype", "scorer", "device"}
+
+
+def _named(column: str, value: Any) -> str:
+    """A value with its column's name where it does not speak for itself."""
+    if isinstance(value, dict):
+        return " ".join(_short(each) for each in value.values() if each is not None)
+    return _short(value) if isinstance(value, str) else f"{column} {_short(value)}"
 
 
 def _differs_within_a_size(points: list[Row], column: str, size: str) -> bool:
