@@ -17,7 +17,7 @@ from provenance import RESULTS, append_rows, provenance
 
 import sparsifiner
 
-SETTING: dict[str, Any] = {"keep": 0.1, "tile": 8, "summary": 8}
+SETTING: dict[str, Any] = {"keep": 0.1, "tile": 8, "summary": 8, "scorer": "impact", "profile": "falling"}
 PIXELS = 1024
 
 
@@ -47,7 +47,7 @@ def main() -> None:
     if options.backend:
         measure(options.backend, options.depth)
         return
-    for backend in ("dense", "reference", "torch"):
+    for backend in ("dense", "reference", "torch", "cpu"):
         command = [sys.executable, __file__, "--backend", backend, "--depth", str(options.depth)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         row = {"tokens": 4097, "batch": 1, "dtype": "fp32", **SETTING, "backend": backend}

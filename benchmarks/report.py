@@ -144,14 +144,14 @@ def memory() -> str:
     rows = load("memory", "backend")
     body = [[r["backend"], f"{r['forward_mib']:.0f} MiB", f"{r['peak_mib']:.0f} MiB"] for r in rows]
     sizes = {row["backend"]: row["forward_mib"] for row in rows}
-    share = sizes["torch"] / sizes["reference"]
+    shares = {name: f"{100 * sizes[name] / sizes['reference']:.0f} %" for name in ("torch", "cpu")}
     row = rows[0]
     window = f"{row['summary']}x{row['summary']}"
     return f"""## Peak memory
 
-DeiT-S, 1024 px (N = {row["tokens"]}), batch 1, fp32, keep {row["keep"]}, tile {row["tile"]},
-summaries {window}; one forward, each in a fresh process. "Forward" is what the forward adds to the
-process: the torch backend takes {100 * share:.0f} % of the reference.
+DeiT-S, 1024 px (N = {row["tokens"]}), batch 1, fp32, keep {row["keep"]}, {row["profile"]}, scorer {row["scorer"]},
+tile {row["tile"]}, summaries {window}; one forward, each in a fresh process. "Forward" is what the forward adds to
+the process: of the reference the torch backend takes {shares["torch"]}, native code {shares["cpu"]}.
 
 `python benchmarks/memory.py` ({source_of(rows)})
 

@@ -55,11 +55,12 @@ Rows of several seeds, each seed beside a control of its own:
 {seeds_table(rows)}
 
 In the tables below, "before" is top-1 after the first stage, of the control that of the teacher; "to the
-control" has the paired 95 % interval; key visits are (listed keys + summary keys) / N; recall is the share of
-the model's own dense attention on the listed keys; images/s are those of the stages, measured beside up to as
-many other runs on the same device as it says. Seed 0 unless it says another, last weights, all validation
-images. Settings and measurements of runs are in `docs/results/runs/`: `sparsifiner train --config` with such
-a config.yaml, the names of data and weights filled in, makes the run again.
+control" has the paired 95 % interval, and the top-1 of the control beside which the row was made; key
+visits are (listed keys + summary keys) / N; recall is the share of the model's own dense attention on the
+listed keys; images/s are those of the stages, measured beside up to as many other runs on the same device
+as it says. Seed 0 unless it says another, last weights, all validation images. Settings and measurements of
+runs are in `docs/results/runs/`: `sparsifiner train --config` with such a config.yaml, the names of data
+and weights filled in, makes the run again.
 """
     ]
     for suite, own in itertools.groupby(rows, key=lambda row: row["suite"]):
@@ -79,7 +80,7 @@ def _suite(suite: str, rows: list[dict[str, Any]], every: list[dict[str, Any]]) 
             + (f", seed {row['seed']}" if row["seed"] else ""),
             "" if before is None and row["keep"] is not None else f"{before or row['dense_top1']:.2f}",
             f"{row['top1']:.2f}",
-            "" if row["keep"] is None else f"{against['difference']:+.2f} ± {against['interval']:.2f}",
+            "" if row["keep"] is None else _difference(against),
             f"{row['against_teacher']['agreement']:.1f} %",
             f"{row['against_teacher']['logit_kl']:.4f}" if "logit_kl" in row["against_teacher"] else "",
             "" if "key_visits" not in row else f"{100 * row['key_visits']:.1f} %",
@@ -106,6 +107,11 @@ def _suite(suite: str, rows: list[dict[str, Any]], every: list[dict[str, Any]]) 
         f"{said}`python benchmarks/training.py {suite}` ({source_of(rows)})\n\n{table(header, body)}\n"
         + by_layer
     )
+
+
+def _difference(against: dict[str, Any]) -> str:
+    """With the top-1 that it is to: rows keep the control of their own run."""
+    return f"{against['difference']:+.2f} ± {against['interval']:.2f} ({against['dense_top1']:.2f})"
 
 
 def _recall_table(rows: list[dict[str, Any]]) -> str:

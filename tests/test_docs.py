@@ -1,11 +1,17 @@
-"""The pages of docs/ are what benchmarks/report.py writes from what is committed."""
+"""What docs/ says is what benchmarks/report.py writes from committed results, and its commands are right."""
 
+import json
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
 
+from sparsifiner.cli import bench, main
+from sparsifiner.config import config_to_dict
+
 ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
 
 
 def test_pages_are_written_from_the_results(tmp_path):
@@ -19,3 +25,16 @@ def test_pages_are_written_from_the_results(tmp_path):
     subprocess.run([sys.executable, "benchmarks/report.py"], cwd=tmp_path, check=True, timeout=300)
     for page in pages:
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"{page}: run benchmarks/report.py"
+
+
+def test_commands_of_models_time_what_their_rows_say(monkeypatch, capsys):
+    asked = {}
+    monkeypatch.setattr(bench, "benchmark_model", lambda settings, config: asked.update(config=config) or [])
+    rows = [row for name in ("cpu", "gpu") for row in json.loads((RESULTS / f"{name}.json").read_text())]
+    commands = {row["command"]: row for row in rows if row["benchmark"] == "model"}
+    assert len(commands) > 10
+    for command, row in commands.items():
+        assert main(shlex.split(command)[1:]) == 0, command
+        told = config_to_dict(asked["config"])
+        told["token_method"] = told.pop("tokens")
+        assert {name: row[name] for name in told} == told, command

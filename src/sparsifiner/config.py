@@ -43,7 +43,7 @@ class SparsifyConfig:
             the native image size, dense products, backend "reference".
         share: consecutive layers that attend by the lists of the first of them: 2 halves scoring and
             selection. Layers that share must have the same `keep`.
-        backend: "auto", "reference", "torch" or, on a GPU, "triton".
+        backend: "auto", "reference", "torch", "cpu" (native code, for inference) or, on a GPU, "triton".
         min_tokens: layers that see fewer tokens stay dense.
         seed: seed of the scorers "random" and "bigbird".
         tokens: `EViT(...)`, `DynamicViT(...)` or `ToMe(...)` to drop or merge tokens too; None keeps all.

@@ -66,8 +66,8 @@ def sparsify(
     _check_tokens(model, config)
     layers = [block.attn for block in model.blocks]
     sparse_before = [layer for layer in layers if isinstance(layer, SparseAttention)]
-    grid = sparse_before[0].grid if sparse_before else _current_grid(model)
-    native = TokenLayout(_native_grid(model), model.num_prefix_tokens)
+    grid = sparse_before[0].grid if sparse_before else CurrentGrid(model)
+    native = TokenLayout(grid.native(), model.num_prefix_tokens)
     untrained = False
     lists: SharedLists | None = None
     for index, (block, layer) in enumerate(zip(model.blocks, layers, strict=True)):
@@ -174,14 +174,18 @@ def reasons_against(model: nn.Module, attentions: Collection[type[nn.Module]]) -
     return reasons
 
 
-def sparse_layers(model: nn.Module) -> list[SparseAttention]:
+def sparse_layers(model: nn.Module, *, required: bool = True) -> list[SparseAttention]:
     """The sparse attention layers of a model, in order.
 
+    Args:
+        model: any module.
+        required: whether there must be one.
+
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, though one is required.
     """
     layers = [module for module in model.modules() if isinstance(module, SparseAttention)]
-    if not layers:
+    if required and not layers:
         raise ValueError("model has no sparse attention; call sparsifiner.sparsify(model) first")
     return layers
 
@@ -252,19 +256,10 @@ def _resolve_config(
             given = ", ".join([*(["preset"] if preset else []), *options])
             raise ValueError(f"give either config or {given}, not both")
         return config
-    present = [module.config for module in model.modules() if isinstance(module, SparseAttention)]
+    present = sparse_layers(model, required=False)
     if present and preset is None:
-        return change_config(present[0], **options)
+        return change_config(present[0].config, **options)
     return make_config(preset or "fast", **options)
-
-
-def _native_grid(model: VisionTransformer) -> tuple[int, int]:
-    height, width = model.patch_embed.grid_size
-    return int(height), int(width)
-
-
-def _current_grid(model: VisionTransformer) -> CurrentGrid:
-    return CurrentGrid(model)
 
 
 def _keeps_scorer(layer: SparseAttention, config: SparsifyConfig) -> bool:

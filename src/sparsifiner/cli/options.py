@@ -89,7 +89,7 @@ class SparsityOptions:
         pool: side in patches of the squares whose mean queries score for "impact"; half the tile's by
             default.
         share: consecutive layers that attend by the lists of the first of them.
-        backend: "auto", "reference", "torch" or, on a GPU, "triton".
+        backend: "auto", "reference", "torch", "cpu" (native code, for inference) or, on a GPU, "triton".
         min_tokens: layers that see fewer tokens stay dense.
         basis: basis size of the low-rank scorer.
         reduced_dim: head dim of its reduced queries and keys.

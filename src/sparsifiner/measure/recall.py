@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from sparsifiner.attention import SparseAttention
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.models.features import token_states
+from sparsifiner.patch import sparse_layers
 from sparsifiner.tokens.sizes import weigh_by_size
 from sparsifiner.trace import trace, trace_projections
 
@@ -35,7 +35,7 @@ def mask_recall(
     Raises:
         ValueError: there is no image.
     """
-    layers = [module for module in model.modules() if isinstance(module, SparseAttention)]
+    layers = sparse_layers(model, required=False)
     if not layers:
         return []
     kept, seen = [0.0] * len(layers), 0

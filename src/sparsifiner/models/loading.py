@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from sparsifiner.attention import SparseAttention
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.models.adapter import is_predictor, is_scorer, read_adapter_config
-from sparsifiner.patch import about_to_train, desparsify, sparsify
+from sparsifiner.patch import about_to_train, desparsify, sparse_layers, sparsify
 
 _SHOWN_KEYS = 3
 _RELEASED = ".mask_predictor."  # the scorer's name in released checkpoints
@@ -154,7 +153,7 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
             "configuration they were trained with: load_model(name, config=..., weights=..., adapter=...)"
         )
     scorers = _read_adapter(path, config)
-    sparse = _sparse(model)
+    sparse = sparse_layers(model, required=False)
     changed: list[nn.Module] = []
     if sparse:  # the model for its blocks, which may drop tokens
         changed = [model, *sparse, *(layer.scorer for layer in sparse)]
@@ -172,10 +171,6 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
             module._modules.update(children)
         raise
     return model
-
-
-def _sparse(model: nn.Module) -> list[SparseAttention]:
-    return [module for module in model.modules() if isinstance(module, SparseAttention)]
 
 
 def _config_of_adapter(path: str | Path, config: SparsifyConfig | None) -> SparsifyConfig | None:
@@ -228,13 +223,11 @@ def _load_checked(
             f"{source} does not fit the model: {_shorten(wrong_shape)}; "
             f"set --model-args and --img-size to those that it was made with{hint}"
         )
-    if not any(_RELEASED in key for key in state):
+    if not any(_RELEASED in key for key in state):  # loading renames these
         _check_names([key for key in own if key not in state], state.keys() - own.keys(), state, source)
-        model.load_state_dict(state, strict=False)
-        return
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # shapes under the names of released checkpoints
+    except RuntimeError as error:  # shapes under other names, or of a scorer that does not tell its grid
         lines = str(error).splitlines()[1:]
         raise ValueError(f"{source} does not fit the model: {_shorten(lines)}") from error
     _check_names(missing, unexpected, state, source)

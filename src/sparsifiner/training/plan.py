@@ -12,11 +12,10 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from sparsifiner.attention import SparseAttention
 from sparsifiner.data import ImageSet
 from sparsifiner.measure.macs import count_macs
 from sparsifiner.models.adapter import is_scorer
-from sparsifiner.patch import why_not
+from sparsifiner.patch import sparse_layers, why_not
 from sparsifiner.training.data import Share
 from sparsifiner.training.loop import train
 from sparsifiner.training.recipe import Recipe, Stage
@@ -113,7 +112,7 @@ def rehearse(
 
 
 def _describe_attention(model: nn.Module) -> str:
-    layers = [module for module in model.modules() if isinstance(module, SparseAttention)]
+    layers = sparse_layers(model, required=False)
     if not layers:
         return "dense"
     config = layers[0].config

@@ -9,13 +9,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sparsifiner.attention import SparseAttention
 from sparsifiner.layout import TokenLayout
 from sparsifiner.models.adapter import is_predictor, is_scorer
 from sparsifiner.models.features import patch_tokens, token_states
 from sparsifiner.models.lvvit import LVViT
 from sparsifiner.ops.precision import without_autocast
-from sparsifiner.patch import desparsify
+from sparsifiner.patch import desparsify, sparse_layers
 from sparsifiner.scorers import BorrowingScorer
 from sparsifiner.tokens.blocks import TokenBlocks
 from sparsifiner.tokens.dynamicvit import ratio_loss
@@ -133,7 +132,7 @@ class Student(nn.Module):
         """Loss of the scorers that see `scored` against the attention of `target`, mean over layers."""
         layout = _layout_of(self.model, images)
         errors = []
-        for layer, seen, wanted in zip(_sparse_layers(self.model), scored, target, strict=True):
+        for layer, seen, wanted in zip(sparse_layers(self.model), scored, target, strict=True):
             if isinstance(layer.scorer, BorrowingScorer):
                 continue
             tile = layer.config.tile
@@ -264,7 +263,3 @@ def _layout_of(model: nn.Module, images: Tensor) -> TokenLayout:
     if model.dynamic_img_size:
         grid = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
     return TokenLayout((int(grid[0]), int(grid[1])), model.num_prefix_tokens)
-
-
-def _sparse_layers(model: nn.Module) -> list[SparseAttention]:
-    return [module for module in model.modules() if isinstance(module, SparseAttention)]
