@@ -92,6 +92,10 @@ class Connectivity:
         """Geometry of the tokens."""
         return TokenLayout(self.grid, self.prefix)
 
+    def alone(self) -> "Connectivity":
+        """The lists for whoever has other keys and values than those that they were chosen from."""
+        return self
+
     def to_mask(self) -> Tensor:
         """Dense mask, bool [B, H, N, N]: query i attends to key j; prefix rows are all true."""
         layout, N = self.layout, self.layout.tokens
@@ -125,5 +129,5 @@ class ScoredLists(Connectivity):
     window_means: Tensor | None = None
 
     def alone(self) -> Connectivity:
-        """The lists for whoever has other keys and values."""
+        """See `Connectivity.alone`."""
         return Connectivity(self.indices, self.grid, self.tile, self.prefix)

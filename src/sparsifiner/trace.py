@@ -10,7 +10,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention, dense_connectivity, split_heads
-from sparsifiner.connectivity import Connectivity, ScoredLists
+from sparsifiner.connectivity import Connectivity
 from sparsifiner.patch import sparse_layers
 
 
@@ -104,8 +104,7 @@ def _forget(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
 
 def _record_lists(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
     def hook(module: nn.Module, args: Any, connectivity: Connectivity) -> None:
-        lists = connectivity.alone() if isinstance(connectivity, ScoredLists) else connectivity
-        traces[layer.layer] = LayerTrace(lists, args[3].summary, dense=False)
+        traces[layer.layer] = LayerTrace(connectivity.alone(), args[3].summary, dense=False)
 
     return hook
 

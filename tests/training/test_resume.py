@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 import sparsifiner
 from sparsifiner.data import open_images
 from sparsifiner.training import Recipe, Stage, loop, train
+from sparsifiner.training.progress import Progress
 from sparsifiner.training.run import RunFolder
 
 KILLS = 20
@@ -92,7 +93,7 @@ def run_until(folder, event, count):
     loop._Trainer._train_step = kill_at("step", loop._Trainer._train_step)
     loop._Trainer._validate = kill_at("validation", loop._Trainer._validate)
     RunFolder.save_weights = kill_at("weights", RunFolder.save_weights)
-    loop.Progress.save = kill_at("checkpoint", loop.Progress.save)
+    Progress.save = kill_at("checkpoint", Progress.save)
     run(folder, resume=True)
 
 

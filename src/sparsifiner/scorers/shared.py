@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsifiner.connectivity import Connectivity, ScoredLists
+from sparsifiner.connectivity import Connectivity
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
 
 
@@ -18,8 +18,7 @@ class SharedLists:
 
     def put(self, connectivity: Connectivity | None) -> None:
         """Holds lists for the layers behind, which have other keys and values; None lets them go."""
-        lists = connectivity.alone() if isinstance(connectivity, ScoredLists) else connectivity
-        self._call.connectivity = lists
+        self._call.connectivity = None if connectivity is None else connectivity.alone()
 
     def get(self) -> Connectivity:
         """The lists of this thread's call.

@@ -36,6 +36,7 @@ from sparsifiner.training.processes import (
     name_weights_alike,
     share_weights,
 )
+from sparsifiner.training.progress import Progress
 from sparsifiner.training.recipe import Recipe, Stage, recipe_settings
 from sparsifiner.training.run import Position, RunFolder
 from sparsifiner.training.stages import (
@@ -53,8 +54,6 @@ from sparsifiner.viz.training_report import write_training_report
 
 _logger = logging.getLogger(__name__)
 
-_PROGRESS = "progress.pt"
-
 
 @dataclass(frozen=True)
 class TrainingResult:
@@ -67,53 +66,6 @@ class TrainingResult:
 
     output: Path
     records: list[dict[str, Any]]
-
-
-@dataclass
-class Progress:
-    """What a checkpoint holds besides weights and optimizer.
-
-    Attributes:
-        steps_before: optimizer steps of the stages before this one.
-        best: best top-1 so far in percent.
-        sums: sums of the losses since the last log line.
-        summed: number of their steps.
-        ema: moving average of the weights.
-        teacher: digest of the teacher's weights, which a checkpoint does not hold.
-    """
-
-    steps_before: int = 0
-    best: float = -1.0
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    summed: int = 0
-    ema: ModelEmaV3 | None = None
-    teacher: str = ""
-
-    def save(self, folder: Path) -> None:
-        """Writes it into a checkpoint."""
-        ema = {} if self.ema is None else self.ema.module.state_dict()
-        torch.save({**vars(self), "ema": ema}, folder / _PROGRESS)
-
-    def load(self, folder: Path) -> None:
-        """Reads it from a checkpoint, without running code that may be in there.
-
-        Raises:
-            ValueError: the run has another teacher now, or the checkpoint is of an older version.
-        """
-        if not (folder / _PROGRESS).exists():
-            raise ValueError(
-                f"{folder} holds no {_PROGRESS}, an older version wrote it; give another --output"
-            )
-        state = torch.load(folder / _PROGRESS, map_location="cpu", weights_only=True)
-        if state["teacher"] != self.teacher:
-            raise ValueError(
-                "the teacher's weights are not those that the run began with; give the same weights, or "
-                "another --output"
-            )
-        self.steps_before, self.best, self.summed = state["steps_before"], state["best"], state["summed"]
-        self.sums = dict(state["sums"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
 
 
 def train(
