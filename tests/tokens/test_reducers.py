@@ -188,6 +188,25 @@ def test_ties_go_to_the_first():
     assert state.positions.tolist() == [[0, 1, 4, 5, 2, 3, 6, 7]] * 2
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_images_that_are_not_finite_lose_as_many_tokens_and_leave_the_others_alone(layout, bad):
+    x, q, k = (each.detach() for each in make_tokens(layout))
+    spoilt = [each.clone() for each in (x, q, k)]
+    for each in spoilt:
+        each[0] = bad
+    for method in (EViT(0.6), ToMe(3), DynamicViT(0.6, "after attention")):
+        torch.manual_seed(0)
+        reducer = method.reducer(3, 12, WIDTH, layout.patches).double().eval()
+        (actual, after), (expected, wanted) = (
+            reducer.after_attention(*inputs, SCALE, TokenState(layout)) for inputs in (spoilt, (x, q, k))
+        )
+        assert torch.equal(actual[1], expected[1])
+        assert torch.equal(after.positions[1], wanted.positions[1])
+        assert len(set(after.positions[0].tolist())) == wanted.positions.shape[1]
+        assert set(after.positions[0].tolist()) <= set(range(layout.patches))
+
+
 def make_predictor(keep=0.6, placement="before attention", stage=1):
     reducer = DynamicViT(keep, placement).reducer((3, 6, 9)[stage - 1], 12, WIDTH, 15).double()
     with torch.no_grad():
@@ -310,8 +329,7 @@ def test_ratio_loss_is_the_mean_squared_miss_of_each_stage_and_image():
 def test_squares_whose_patches_all_stay_are_runs(grid):
     layout = TokenLayout(grid, 1)
     state = TokenState(layout)
-    everything = torch.arange(layout.patches)[None]
-    whole = state.keep(everything.gather(1, state.curve_order(everything)))
+    whole = state.keep(state.best_patches(torch.zeros(1, layout.patches), layout.patches))
     curve = sorted(range(layout.patches), key=lambda position: place_on_curve(position, grid))
     assert whole.positions[0].tolist() == curve
     checked = 0
@@ -325,8 +343,8 @@ def test_squares_whose_patches_all_stay_are_runs(grid):
                 }
                 stays = torch.rand(layout.patches) < 0.5
                 stays[list(square)] = True
-                chosen = stays.nonzero().T
-                positions = state.keep(chosen.gather(1, state.curve_order(chosen))).positions[0].tolist()
+                chosen = state.best_patches(stays[None].float(), int(stays.sum()))
+                positions = state.keep(chosen).positions[0].tolist()
                 places = [place for place, position in enumerate(positions) if position in square]
                 assert places == list(range(places[0], places[0] + side**2))
                 checked += 1
@@ -336,8 +354,7 @@ def test_squares_whose_patches_all_stay_are_runs(grid):
 def test_where_a_grid_is_divided_runs_are_its_tiles():
     layout = TokenLayout((8, 16), 0)
     state = TokenState(layout)
-    everything = torch.arange(128)[None]
-    positions = state.keep(everything.gather(1, state.curve_order(everything))).positions[0]
+    positions = state.keep(state.best_patches(torch.zeros(1, layout.patches), layout.patches)).positions[0]
     runs = {frozenset(run) for run in positions.view(-1, 16).tolist()}
     assert runs == {frozenset(tile) for tile in layout.square_tokens(4, positions.device).tolist()}
 

@@ -105,7 +105,8 @@ class TokenBlocks(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, N, C] of the whole image to those that are left."""
         blocks = [cast("TokenBlock", block) for block in self]
-        state = TokenState(blocks[0].attn.current_layout(x.shape[1]))
+        first = blocks[0].attn
+        state = TokenState(first.current_layout(x.shape[1]), backend=first.backend)
         for block in blocks:
             x, state = block(x, state)
         return x

@@ -151,8 +151,7 @@ class PredictingReducer(TokenReducer):
         if left >= patches.shape[1]:
             return x, state
         stay, go = self.logits(patches, None).float().unbind(-1)
-        chosen = (stay - go).argsort(dim=1, descending=True, stable=True)[:, :left]
-        chosen = chosen.gather(1, state.curve_order(chosen))
+        chosen = state.best_patches(stay - go, left)
         return torch.cat([x[:, :prefix], take_tokens(patches, chosen)], 1), state.keep(chosen)
 
     def macs(self, counts: Counts, prefix: int, width: int, head_dim: int) -> int:

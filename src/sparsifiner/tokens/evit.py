@@ -87,23 +87,18 @@ class AttentiveReducer(TokenReducer):
         if left == patches:
             return x, state
         attention = class_attention(q, k, scale)  # [B, N]
-        prefix = state.prefix
-        # of ties the first in the image stays
-        order = attention[:, prefix:].argsort(dim=1, descending=True, stable=True)
-        chosen = order[:, :left]
-        chosen = chosen.gather(1, state.curve_order(chosen))
-        first = [x[:, : state.whole.prefix]]
+        chosen = state.best_patches(attention[:, state.prefix :], left)
+        stays = chosen + state.prefix
+        whole_prefix = state.whole.prefix
+        first = [x[:, :whole_prefix]]
         if self.fuse:
             # a token that was fused before is fused again, so that there is one
-            fused = torch.arange(state.whole.prefix, prefix, device=x.device).expand(len(x), -1)
-            gone = torch.cat([fused, order[:, left:] + prefix], 1)
-            weight = attention.gather(1, gone).to(x.dtype)
-            first.append(weight[:, None] @ take_tokens(x, gone))
-        survivors = take_tokens(x[:, prefix:], chosen)
-        return torch.cat([*first, survivors], 1), state.keep(chosen, fused=int(self.fuse))
+            weight = attention.scatter(1, stays, 0.0)[:, None, whole_prefix:].to(x.dtype)
+            first.append(weight @ x[:, whole_prefix:])
+        return torch.cat([*first, take_tokens(x, stays)], 1), state.keep(chosen, fused=int(self.fuse))
 
     def macs(self, counts: Counts, prefix: int, width: int, head_dim: int) -> int:
-        """See `TokenReducer.macs`: the class token's attention, and the fused token."""
+        """See `TokenReducer.macs`: the class token's attention, and the tokens that go into the fused one."""
         into_fused = counts.gone + counts.fused if self.fuse else 0
         return (counts.attention + into_fused) * width
 
@@ -119,5 +114,6 @@ def class_attention(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """
     accurate = accumulation_dtype(q.dtype)
     with without_autocast(q.device):
-        logits = (q[:, :, :1].to(accurate) @ k.to(accurate).mT).squeeze(2) * scale
+        # a product and a sum: a matmul would have a copy of the keys made
+        logits = (q[:, :, :1].to(accurate) * k).sum(-1) * scale
     return logits.softmax(-1).mean(1)

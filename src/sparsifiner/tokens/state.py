@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsifiner.layout import TokenLayout
+from sparsifiner.ops import select_topk
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class TokenState:
         positions: int64 [B, n], raster index of each patch token among all patches; None while all are there.
         sizes: [B, N], patches that each token stands for; None while each stands for itself.
         policy: [B, N] of 0 and 1 with gradient, tokens that would be there; None where dropped ones are gone.
+        backend: of the selection, see `sparsifiner.ops.select_topk`.
     """
 
     whole: TokenLayout
@@ -29,6 +31,7 @@ class TokenState:
     positions: Tensor | None = None
     sizes: Tensor | None = None
     policy: Tensor | None = None
+    backend: str = "auto"
 
     @property
     def prefix(self) -> int:
@@ -54,18 +57,20 @@ class TokenState:
             return self.positions
         return torch.arange(self.whole.patches, device=device).expand(batch, -1)
 
-    def curve_order(self, chosen: Tensor) -> Tensor:
-        """Permutation that puts patch tokens along the curve.
+    def best_patches(self, scores: Tensor, count: int) -> Tensor:
+        """The patch tokens with the largest scores, of ties those that come first on the curve.
 
         Args:
-            chosen: [B, m] indices among the patch tokens of now, without repetition.
+            scores: [B, n] of the patch tokens of now; NaN come last.
+            count: how many are wanted, 1 <= count <= n.
 
         Returns:
-            int64 [B, m]; `chosen.gather(1, order)` follows the curve.
+            int64 [B, count] indices among the patch tokens of now, along the curve.
         """
-        if self.positions is not None:  # the patches of now follow it already
-            return chosen.argsort(dim=1)
-        return _place_on_curve(self.whole.grid, chosen.device)[chosen].argsort(dim=1)
+        if self.positions is not None:  # the patches of now follow the curve already
+            return best_of(scores, count, self.backend)
+        patch, exists = _curve(self.whole.grid, scores.device)
+        return patch[best_of(scores[:, patch], count, self.backend, exists)]
 
     def keep(self, chosen: Tensor, *, fused: int = 0, sizes: Tensor | None = None) -> "TokenState":
         """The state with these patch tokens alone.
@@ -79,19 +84,43 @@ class TokenState:
         return replace(self, positions=positions, fused=fused, sizes=sizes)
 
 
+def best_of(scores: Tensor, count: int, backend: str, exists: Tensor | None = None) -> Tensor:
+    """Indices of the largest scores of each image, of ties the first: int64 [B, count], ascending.
+
+    Args:
+        scores: [B, n], compared in fp32; NaN come last.
+        count: how many are wanted.
+        backend: see `sparsifiner.ops.select_topk`.
+        exists: bool [n], which of them are there, at least `count`; None for all.
+    """
+    # the selection leaves out what is -inf
+    lowest = torch.finfo(torch.float32).min
+    scores = scores.detach().float().nan_to_num(nan=lowest, neginf=lowest)
+    if exists is not None:
+        scores = scores.masked_fill(~exists, -torch.inf)
+    return select_topk(scores[:, None, None], count, backend=backend)[:, 0, 0].long()
+
+
 def take_tokens(x: Tensor, chosen: Tensor) -> Tensor:
     """Rows [B, m, C] of x [B, n, C] by indices [B, m]."""
     return x.gather(1, chosen[:, :, None].expand(-1, -1, x.shape[-1]))
 
 
-def _place_on_curve(grid: tuple[int, int], device: torch.device) -> Tensor:
-    """Place of each raster position on a Z-order curve, int64 [patches]: bits of row and column in turn.
+def _curve(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Patch at each place of a Z-order curve, int64 [places], and whether the grid has it.
 
-    Every square whose side is a power of two, aligned to it, is a run of the curve.
+    Bits of column and row take turns in a place. The curve runs through the grid with sides rounded up to
+    powers of two. Every square whose side is a power of two, aligned to it, is a run of the curve.
     """
-    row = torch.arange(grid[0], device=device)[:, None]
-    column = torch.arange(grid[1], device=device)[None, :]
-    place = torch.zeros(grid, dtype=torch.long, device=device)
-    for bit in range(max(grid).bit_length()):
-        place = place | ((column >> bit & 1) << (2 * bit)) | ((row >> bit & 1) << (2 * bit + 1))
-    return place.flatten()
+    height_bits, width_bits = ((side - 1).bit_length() for side in grid)
+    rest = torch.arange(1 << (height_bits + width_bits), device=device)
+    row, column = torch.zeros_like(rest), torch.zeros_like(rest)
+    for bit in range(max(height_bits, width_bits)):
+        if bit < width_bits:
+            column |= (rest & 1) << bit
+            rest = rest >> 1
+        if bit < height_bits:
+            row |= (rest & 1) << bit
+            rest = rest >> 1
+    exists = (row < grid[0]) & (column < grid[1])
+    return torch.where(exists, row * grid[1] + column, 0), exists

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparsifiner.ops.precision import accumulation_dtype, without_autocast
 from sparsifiner.tokens.method import Counts, TokenMethod, TokenReducer
-from sparsifiner.tokens.state import TokenState, take_tokens
+from sparsifiner.tokens.state import TokenState, best_of, take_tokens
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,11 @@ class MergingReducer(TokenReducer):
             )  # [B, n, d]
             likeness = key[:, ::2] @ key[:, 1::2].mT
             best, partner = likeness.max(-1)  # of every second patch
-            order = best.argsort(dim=1, descending=True, stable=True)
-            merged, alone = order[:, :r], order[:, r:]
+            merged = best_of(best, r, state.backend)
             into = prefix + 2 * partner.gather(1, merged) + 1
             merged = prefix + 2 * merged
-            left = torch.cat([2 * alone, torch.arange(1, patches, 2, device=x.device).expand(B, -1)], 1)
-            left = left.gather(1, state.curve_order(left))
+            stays = torch.ones_like(sizes).scatter_(1, merged, 0.0)[:, prefix:]
+            left = state.best_patches(stays, patches - r)
             kept = torch.cat([torch.arange(prefix, device=x.device).expand(B, -1), prefix + left], 1)
         size = sizes.gather(1, merged)
         total = sizes.scatter_add(1, into, size)
