@@ -33,7 +33,8 @@ ranks by the true attention: it shows what the form of sparsity allows, not what
     "designs": "### One choice changed at a time",
     "sweep": "### Budgets",
 }
-TRAINED = "Trained, beside dense controls trained equally long from the same teachers:"
+TRAINED = """Trained, beside dense controls trained equally long from the same teachers; the last columns have
+what is left where nothing is chosen, trained likewise (one seed):"""
 SETTING = ("scorer", "tile", "pool", "profile", "summary", "share", "keep", "calibrated")
 
 

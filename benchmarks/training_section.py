@@ -18,6 +18,8 @@ TRAINING_IMAGES = {
     "scorer": 100_000,
     "cifar10": 50_000,
 }
+# The keep of rows without any lists: each query's own key is all that it leaves.
+SUMMARIES_ALONE = 1e-06
 _ROOT = Path(__file__).parents[1]
 
 
@@ -50,7 +52,8 @@ The paper's two stages: the scorer learns the attention of the dense teacher, th
 with what the scorer chooses; the suite tiny_imagenet_fast has the second alone. The control is the dense
 teacher trained on by the second stage's recipe, equally long.
 
-Rows of several seeds, each seed beside a control of its own:
+Rows of several seeds, each seed beside a control of its own; with random lists and with summaries alone
+seed 0:
 
 {seeds_table(rows)}
 
@@ -64,11 +67,11 @@ and weights filled in, makes the run again.
 """
     ]
     for suite, own in itertools.groupby(rows, key=lambda row: row["suite"]):
-        sections.append(_suite(suite, list(own), rows))
+        sections.append(_suite(suite, list(own)))
     return "\n".join(sections)
 
 
-def _suite(suite: str, rows: list[dict[str, Any]], every: list[dict[str, Any]]) -> str:
+def _suite(suite: str, rows: list[dict[str, Any]]) -> str:
     compared = "control" if any(row["keep"] is None for row in rows) else "teacher"
     body = []
     for row in rows:
@@ -95,11 +98,10 @@ def _suite(suite: str, rows: list[dict[str, Any]], every: list[dict[str, Any]]) 
     precision = "fp32" if rows[0]["amp"] == "none" else rows[0]["amp"]
     said = ""
     if suite == "scorer":
-        base = next(row for row in every if (row["suite"], row["keep"]) == ("tiny_imagenet", 0.1))
         said = (
-            "The first stage alone; each row changes one thing about keep 0.1 of tiny_imagenet, which has "
-            f"{base['top1_after_reconstruct']:.2f} after this stage\n(basis 32, reduced dim 32, "
-            "8 coefficients, threshold 0.02, a list for every query, even budgets, no summaries).\n\n"
+            'The first stage alone; each row but "nothing" changes one thing about keep 0.1 of\n'
+            "tiny_imagenet (basis 32, reduced dim 32, 8 coefficients, threshold 0.02, a list for every\n"
+            "query, even budgets, no summaries).\n\n"
         )
     by_layer = "" if suite != "scorer" else f"\nRecall of each layer:\n\n{_recall_table(rows)}\n"
     return (
@@ -121,9 +123,14 @@ def _recall_table(rows: list[dict[str, Any]]) -> str:
 
 
 def seeds_table(rows: list[dict[str, Any]] | None = None) -> str:
-    """Designs that were trained with several seeds, and what they lose to their controls."""
+    """Designs that were trained with several seeds, and what they lose to their controls.
+
+    Beside them stands what is left without any choice: random lists with the same summaries, and the summary
+    windows alone whose visits come nearest.
+    """
     body = []
-    several = [row for row in rows or _rows() if row["keep"] is not None and row["suite"] != "scorer"]
+    rows = rows or _rows()
+    several = [row for row in rows if row["keep"] is not None and row["suite"] != "scorer"]
     for _, group in itertools.groupby(
         several, key=lambda row: (row["suite"], row["keep"], row.get("variant"))
     ):
@@ -142,9 +149,27 @@ def seeds_table(rows: list[dict[str, Any]] | None = None) -> str:
             f"{mean(row['top1'] for row in own):.2f}",
             f"{mean(lost):+.2f}",
             ", ".join(f"{each:+.2f}" for each in lost),
+            *_without_choice(own[0], rows),
         ])  # fmt: skip
     header = ["setting", "tokens", "key visits", "epochs", "top-1", "to the control", "of each seed"]
+    header += ["random lists", "summaries alone (key visits)"]
     return table(header, body)
+
+
+def _without_choice(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """What rows of the same suite lose to their control with random lists, and with summaries alone."""
+    random = [each for each in rows if each["suite"] == row["suite"] and "--scorer random" in each["command"]]
+    (lists,) = (
+        each for each in random if (each["keep"], each["key_visits"]) == (row["keep"], row["key_visits"])
+    )
+    alone = min(
+        (each for each in random if each["keep"] == SUMMARIES_ALONE),
+        key=lambda each: abs(each["key_visits"] - row["key_visits"]),
+    )
+    return (
+        f"{lists['against_control']['difference']:+.2f}",
+        f"{alone['against_control']['difference']:+.2f} ({100 * alone['key_visits']:.1f} %)",
+    )
 
 
 def _setting_of(command: str) -> tuple[str, str]:
