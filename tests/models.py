@@ -1,10 +1,15 @@
 """Small models for the tests: real timm architectures, two layers deep and narrow."""
 
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest.mock import patch
+
 import timm
 import torch
 from timm.layers import Attention, LayerNorm
 
 import sparsifiner  # noqa: F401, which registers LV-ViT
+from sparsifiner.attention import SparseAttention
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 7}
 
@@ -26,6 +31,21 @@ ARCHITECTURES = {
     "lv-vit": ("lvvit_s", {}, (96, 128)),
     "map pooling, registers": ("vit_so150m_patch16_reg4_map_256", {"img_size": 128}, (128, 96)),
 }
+
+
+@contextmanager
+def summaries_of_single_patches():
+    """Lists and a summary of every single patch: exact, by sparse attention, which layers would not choose."""
+    list_spec = SparseAttention.list_spec
+
+    def exact_spec(layer, layout, whole=None):
+        config, layer.config = layer.config, replace(layer.config, summary=10**6)  # a single window
+        spec = list_spec(layer, layout, whole)
+        layer.config = config
+        return spec and replace(spec, summary=1)
+
+    with patch.object(SparseAttention, "list_spec", exact_spec):
+        yield
 
 
 def make_model(name, **options):

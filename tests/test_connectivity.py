@@ -40,12 +40,12 @@ def test_split_and_merge_are_inverse_and_means_are_true_means(grid, side):
         assert (mean - patches[:, :, own].mean(2)).abs().max() < 1e-14
 
 
-def test_auto_summary_is_the_largest_side_with_48_windows():
+def test_auto_summary_is_the_largest_side_with_48_windows_but_at_least_2():
     assert TokenLayout((14, 14)).auto_summary() == 2
     assert TokenLayout((16, 16)).auto_summary() == 2
     assert TokenLayout((32, 32)).auto_summary() == 5
     assert TokenLayout((64, 64)).auto_summary() == 10
-    assert TokenLayout((4, 4)).auto_summary() == 1
+    assert TokenLayout((12, 12)).auto_summary() == TokenLayout((4, 4)).auto_summary() == 2
 
 
 @pytest.mark.parametrize(

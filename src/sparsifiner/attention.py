@@ -87,15 +87,18 @@ class SparseAttention(nn.Module):
         """Changes what the layer does; its weights stay."""
         self.config = config
         self.scorer.configure(config)
-        self.keep = exact_ratio(config.keep_of(self.layer, self.depth, self._queries()))
-
-    def _queries(self) -> list[int] | None:
-        """Queries of every layer at the model's native size, where tokens are dropped."""
-        if self.config.tokens is None:
-            return None
         height, width = self.grid.native()
-        counts = self.config.tokens.counts(self.depth, height * width, self.prefix)
-        return [count.attention for count in counts]
+        self._configured_patches = height * width
+        self.keep = self._keep_at(self._configured_patches)
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _keep_at(self, patches: int) -> tuple[int, int]:
+        """Share of the keys that the layer lists, in images of so many patches."""
+        config, queries = self.config, None
+        if config.tokens is not None:
+            counts = config.tokens.counts(self.depth, patches, self.prefix)
+            queries = [count.attention for count in counts]
+        return exact_ratio(config.keep_of(self.layer, self.depth, queries))
 
     def forward(
         self,
@@ -176,23 +179,27 @@ class SparseAttention(nn.Module):
     def list_spec(self, layout: TokenLayout, whole: TokenLayout | None = None) -> ListSpec | None:
         """The lists wanted, or None where this layer stays dense.
 
-        A layer that keeps every key is dense attention, and so is one below `min_tokens`.
+        A layer is dense attention where its lists and summaries would be no shorter than all keys, and below
+        `min_tokens`.
 
         Args:
             layout: where the tokens lie.
             whole: where all tokens of the image lie, if some were dropped: lists are as long as for all of
                 them, and tiles and windows are runs of as many tokens as their squares have.
         """
-        config = self.config
+        config, runs = self.config, whole is not None
+        whole = whole or layout
+        keep = self.keep
+        if config.tokens is not None and whole.patches != self._configured_patches:
+            keep = self._keep_at(whole.patches)  # how many queries each layer has depends on the image size
         forced = forced_prefix(layout.prefix, config.tile, config.summary)
-        budget = min(layout.tokens, key_budget(self.keep, (whole or layout).tokens, forced))
-        if layout.tokens < config.min_tokens or budget == layout.tokens:
+        budget = min(layout.tokens, key_budget(keep, whole.tokens, forced))
+        summary = self.summary_side(layout, runs=runs)
+        visits = budget + (0 if summary is None else layout.squares(summary))
+        if layout.tokens < config.min_tokens or visits >= layout.tokens:
             return None
-        summary = self.summary_side(layout, runs=whole is not None)
-        tile = config.tile if whole is None else config.tile**2
-        return ListSpec(
-            layout, tile, budget, forced, self.scale, self.backend, summary, runs=whole is not None
-        )
+        tile = config.tile**2 if runs else config.tile
+        return ListSpec(layout, tile, budget, forced, self.scale, self.backend, summary, runs=runs)
 
     def summary_side(self, layout: TokenLayout, *, runs: bool = False) -> int | None:
         """Side of the summary windows, their length where tokens lie in runs; None for no summaries."""

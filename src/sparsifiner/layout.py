@@ -51,8 +51,8 @@ class TokenLayout:
         return rows * columns
 
     def auto_summary(self) -> int:
-        """Largest window side that still gives 48 windows; 1 on grids of fewer patches than that."""
-        side = 1
+        """Largest window side that still gives 48 windows; at least 2, since one patch needs no summary."""
+        side = 2
         while self.squares(side + 1) >= AUTO_SUMMARY_WINDOWS:
             side += 1
         return side

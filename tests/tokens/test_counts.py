@@ -255,6 +255,16 @@ def test_totals_of_sparse_attention_equal_torch_flop_counter(method, options):
     assert flops(model, make_images(96, batch=1)) == 2 * total
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_layers_that_were_pruned_are_not_counted(method):
+    model = make_model("deit", img_size=96, depth=8)
+    sparsifiner.sparsify(model, keep=1.0, tokens=method)
+    whole = sparsifiner.count_macs(model, (3, 96, 96))
+    model.prune_intermediate_layers([4])
+    assert len(model.blocks) == 5
+    assert sparsifiner.count_macs(model, (3, 96, 96)).layers == whole.layers[:5]
+
+
 def test_a_falling_profile_keeps_its_mean_over_the_queries_that_are_left():
     model = make_model("deit", depth=4)
     for method in METHODS:

@@ -15,6 +15,7 @@ from torch import nn
 
 import sparsifiner
 from sparsifiner import DynamicViT, EViT, SparsifyConfig, ToMe
+from sparsifiner.layout import TokenLayout
 from sparsifiner.measure.recall import mask_recall
 from sparsifiner.models.adapter import config_to_dict, is_predictor, is_scorer
 from sparsifiner.models.features import token_states
@@ -23,7 +24,7 @@ from sparsifiner.patch import sparse_layers
 from sparsifiner.tokens import describe_tokens, read_tokens
 from sparsifiner.tokens.blocks import TokenBlocks
 from sparsifiner.training.calibration import calibrate
-from tests.models import SMALL, make_images, make_model
+from tests.models import SMALL, make_images, make_model, summaries_of_single_patches
 
 pytestmark = pytest.mark.filterwarnings("ignore:the (low-rank scorer|token predictor) is untrained")
 
@@ -87,9 +88,9 @@ def test_methods_that_drop_nothing_give_the_dense_model(name):
         sparsifiner.sparsify(model, keep=1.0, tokens=method)
         assert isinstance(model.blocks, TokenBlocks)
         assert (model(images) - dense).abs().max() < 1e-5
-        # summaries of single patches are exact, so this too, through the sparse path
-        sparsifiner.sparsify(model, scorer="pooled", keep=0.2, tile=4, summary=1)
-        assert (model(images) - dense).abs().max() < 1e-5
+        sparsifiner.sparsify(model, scorer="pooled", keep=0.2, tile=4)
+        with summaries_of_single_patches():
+            assert (model(images) - dense).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -304,6 +305,35 @@ def test_descriptions_that_fit_no_method_are_refused():
         read_tokens({"method": "evit", "keep": 2.0})
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS.values())
+def test_budgets_are_those_of_the_image_size_whenever_the_model_was_made_sparse(method):
+    options = {"keep": 0.2, "tokens": method, "backend": "torch"}
+    model, images = make_model("deit", depth=4, img_size=224), make_images(96)
+    before = sparsifiner.sparsify(copy.deepcopy(model), **options)
+    native = [layer.list_spec(TokenLayout((14, 14), 1)).budget for layer in sparse_layers(before)]
+    for each in (before, model):
+        each.set_input_size((96, 96))
+    after = sparsifiner.sparsify(model, **options)
+    if not isinstance(method, DynamicViT):  # whose predictors are made by chance
+        assert torch.equal(before(images), after(images))
+    layout = TokenLayout((6, 6), 1)
+    budgets = [[layer.list_spec(layout).budget for layer in sparse_layers(each)] for each in (before, after)]
+    assert budgets[0] == budgets[1]
+    before.set_input_size((224, 224))
+    assert [layer.list_spec(TokenLayout((14, 14), 1)).budget for layer in sparse_layers(before)] == native
+
+
+@torch.no_grad()
+def test_a_compiled_model_takes_budgets_of_another_image_size():
+    model = sparsifiner.sparsify(make_model("deit", depth=4, img_size=96), keep=0.2, tokens=ToMe(5)).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for size in (96, 128):
+        model.set_input_size((size, size))
+        images = make_images(size)
+        assert torch.equal(compiled(images), model(images))
+
+
 def test_trace_tells_where_tokens_come_from():
     # 5 x 7 patches, lists of 8 of their 36 tokens
     model, images = make_sparse("deit", EViT(0.5), "tiles", profile="even"), images_for()
@@ -316,14 +346,16 @@ def test_trace_tells_where_tokens_come_from():
         assert traces[layer].connectivity.indices.shape == (2, 3, 4, 8)
         assert (traces[layer].connectivity.tile, traces[layer].summary) == (4, 2)
     for layer, patches in ((2, 18), (3, 9)):
-        lists = traces[layer].connectivity
         assert torch.equal(traces[layer].positions, states[layer - 1].positions)
         assert traces[layer].positions.shape == (2, patches)
         assert traces[layer].positions.max() < 35
-        # runs of 16 and 4 in the place of tiles of 4 x 4 and windows of 2 x 2; the fused token is prefix
-        assert (lists.grid, lists.prefix, lists.tile, traces[layer].summary) == ((1, patches), 2, 16, 4)
-        assert lists.indices.shape == (2, 3, -(-patches // 16), 8)
-        assert (lists.indices[..., :2] == torch.tensor([0, 1])).all()
+    # runs of 16 and 4 in the place of tiles of 4 x 4 and windows of 2 x 2; the fused token is prefix
+    lists = traces[2].connectivity
+    assert (lists.grid, lists.prefix, lists.tile, traces[2].summary) == ((1, 18), 2, 16, 4)
+    assert lists.indices.shape == (2, 3, 2, 8)
+    assert (lists.indices[..., :2] == torch.tensor([0, 1])).all()
+    # of 11 tokens 8 would be listed, and three windows
+    assert [traces[layer].dense for layer in range(4)] == [False, False, False, True]
     sparsifiner.sparsify(model, keep=1.0)
     with sparsifiner.trace(model) as traces, torch.no_grad():
         model(images)

@@ -115,7 +115,8 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
     everything = Counts(layout.tokens, layout.tokens)
     counts = [everything] * len(attentions)
     if method is not None:
-        counts = method.counts(len(attentions), layout.patches, layout.prefix)
+        # of the depth at which it was made sparse, also if layers at the end were pruned since
+        counts = method.counts(attentions[0].depth, layout.patches, layout.prefix)[: len(attentions)]
     layers = tuple(
         _count_layer(block, layout, count) for block, count in zip(model.blocks, counts, strict=True)
     )
