@@ -35,7 +35,7 @@ ARCHITECTURES = {
 
 @contextmanager
 def summaries_of_single_patches():
-    """Lists and a summary of every single patch: exact, by sparse attention, which layers would not choose."""
+    """Lists and a summary of every single patch: exact sparse attention, which no layer would choose."""
     list_spec = SparseAttention.list_spec
 
     def exact_spec(layer, layout, whole=None):

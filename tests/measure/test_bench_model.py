@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparsifiner import ToMe
 from sparsifiner.config import make_config
 from sparsifiner.measure import bench_model
 from sparsifiner.measure.bench_model import ModelBenchmark, benchmark_model, make_pair
 from sparsifiner.measure.parity import ParityError
+from sparsifiner.ops.select import torch_backend as select_in_torch
 from sparsifiner.ops.sparse_attention import torch_backend
 from sparsifiner.patch import sparse_layers
 
@@ -44,7 +46,8 @@ def test_rows_of_sizes_measures_and_models():
         assert sparse["baseline"] == "dense"
         assert sparse["ratio"] == dense["median_ms"] / sparse["median_ms"]
         assert sparse["images_per_second"] == pytest.approx(1e3 * sparse["batch"] / sparse["median_ms"])
-        assert sparse["parity_cosine"] > 0.9999
+        assert 0 < sparse["parity_error"] <= sparse["parity_budget"] < 1e-5
+        assert sparse["parity_agreement"] > 0.99
         assert sparse["weights"] == "random, cast to fp32"
         assert sparse["left_out"] is None
     assert {row["tokens"] for row in rows} == {17, 37}
@@ -74,17 +77,48 @@ def test_models_that_do_not_compile_are_left_out_and_named(monkeypatch):
     assert rows["sparse"]["ratio"] == rows["dense"]["median_ms"] / rows["sparse"]["median_ms"]
 
 
-def test_a_wrong_backend_is_refused(monkeypatch):
-    right = torch_backend.sparse_attention
-    monkeypatch.setattr(torch_backend, "sparse_attention", lambda *args: right(*args).flip(1))
-    with pytest.raises(ParityError, match=r"the logits at 64 px have a cosine of .* nothing was timed"):
-        measure(replace(SPARSE, backend="torch"))
+def flipped(q, k, v, *rest):
+    return torch_backend_attention(q, k, v, *rest).flip(1)
+
+
+def with_two_keys_a_list(q, k, v, connectivity, *rest):
+    shorter = replace(connectivity, indices=connectivity.indices[..., :2])
+    return torch_backend_attention(q, k, v, shorter, *rest)
+
+
+torch_backend_attention = torch_backend.sparse_attention
+
+
+@pytest.mark.parametrize("wrong", [flipped, with_two_keys_a_list])
+def test_wrong_attention_is_refused(monkeypatch, wrong):
+    monkeypatch.setattr(torch_backend, "sparse_attention", wrong)
+    with pytest.raises(ParityError, match=r"layer 0: backend='torch': the output .* nothing was"):
+        measure(replace(SPARSE, backend="torch"), dtype="bf16")
+
+
+@pytest.mark.parametrize("preset", ["fast", "paper"])
+def test_a_selection_of_the_worst_keys_is_refused(monkeypatch, preset):
+    select = select_in_torch.select_topk
+    monkeypatch.setattr(select_in_torch, "select_topk", lambda scores, budget: select(-scores, budget))
+    with pytest.raises(ParityError, match=r"layer 0: backend='torch' lists .* of the keys"):
+        measure(make_config(preset, keep=0.3, backend="torch"), dtype="bf16")
+
+
+@pytest.mark.parametrize(
+    "options", [{"scorer": "random"}, {"scorer": "bigbird", "tile": 1}, {"tokens": ToMe(2)}, {"share": 2}]
+)
+def test_patterns_merged_tokens_and_shared_lists_pass(options):
+    rows = measure(
+        make_config("fast", **{"keep": 0.3, "tile": 2, "profile": "even", **options}),
+        model_args={**TINY["model_args"], "depth": 2}, img_size=96, latency=False, dtype="bf16",
+    )  # fmt: skip
+    assert rows[1]["parity_error"] <= rows[1]["parity_budget"]
 
 
 def test_sizes_beyond_the_reference_are_timed_without_it(monkeypatch):
     monkeypatch.setattr(bench_model, "_REFERENCE_TOKENS", 17)
     rows = measure(latency=False)
-    assert [row["parity_cosine"] is None for row in rows] == [False, False, True, True]
+    assert [row["parity_error"] is None for row in rows] == [False, False, True, True]
 
 
 def test_dense_and_sparse_share_weights_and_low_rank_bases_look_trained():
