@@ -10,9 +10,10 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 import sparsifiner
-from sparsifiner import SparsifyConfig
+from sparsifiner import EViT, SparsifyConfig, ToMe, patch
 from sparsifiner.attention import SparseAttention
 from sparsifiner.config import make_config
 from sparsifiner.patch import sparse_layers
@@ -444,3 +445,112 @@ def test_a_model_without_blocks_is_refused():
 def test_shapes_without_data():
     model = sparsifiner.sparsify(make_model("deit"), keep=0.1).to("meta")
     assert model(make_images(224).to("meta")).shape == (2, 7)
+
+
+class Adapted(nn.Module):
+    """As adapters wrap a linear layer: without its weight."""
+
+    def __init__(self, linear, fails=False):
+        super().__init__()
+        self.inner, self.fails = linear, fails
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_wrapped_projections_will_do():
+    model, images = make_model("deit"), make_images(224)
+    expected = sparsifiner.sparsify(copy.deepcopy(model), preset="fast", keep=0.3)(images)
+    model.blocks[1].attn.qkv = Adapted(model.blocks[1].attn.qkv)
+    assert torch.equal(sparsifiner.sparsify(model, preset="fast", keep=0.3)(images), expected)
+
+
+@pytest.mark.parametrize("sparse_before", [False, True])
+@pytest.mark.parametrize("name", ["deit", "internvit dynamic"])
+def test_a_model_is_converted_as_a_whole_or_not_at_all(monkeypatch, name, sparse_before):
+    model, images = make_model(name), make_images(224 if name == "deit" else 112)
+    if sparse_before:
+        sparsifiner.sparsify(model, scorer="pooled", keep=0.3)
+    before, modules = model(images), dict(model.named_modules())
+    hooks = len(model.patch_embed._forward_hooks)
+    make = patch.make_scorer
+
+    def make_the_first(config, layer, *rest):
+        if layer:
+            raise RuntimeError("no memory")
+        return make(config, layer, *rest)
+
+    monkeypatch.setattr(patch, "make_scorer", make_the_first)
+    with pytest.raises(RuntimeError, match="no memory"):
+        sparsifiner.sparsify(model, preset="fast", keep=0.1)
+    assert dict(model.named_modules()) == modules
+    assert len(model.patch_embed._forward_hooks) == hooks
+    assert torch.equal(model(images), before)
+
+
+def test_what_would_be_lost_is_refused():
+    patched, extended = make_model("deit"), make_model("deit")
+    forward = patched.blocks[1].attn.forward
+    patched.blocks[1].attn.forward = lambda x, **rest: forward(x, **rest) + 1
+    extended.blocks[0].attn.lora = nn.Linear(48, 48)
+    for model, reason in (
+        (patched, "block 1 has an attention with a forward of its own, which would be lost"),
+        (extended, "block 0 has an attention with modules of its own: lora, which would be lost"),
+    ):
+        assert sparsifiner.why_not(model) == [reason]
+        with pytest.raises(ValueError, match=reason):
+            sparsifiner.sparsify(model)
+    for attribute, value in (("forward", lambda x: x), ("adapter", nn.Identity())):
+        model = make_model("deit")
+        setattr(model.blocks[1], attribute, value)
+        assert sparsifiner.why_not(model) == []
+        with pytest.raises(ValueError, match=r"tokens: block 1 has .* which blocks that drop"):
+            sparsifiner.sparsify(model, tokens=ToMe(2))
+
+
+def test_models_in_wrappers_are_named_and_blocks_counted():
+    features = timm.create_model("deit_tiny_patch16_224", features_only=True)
+    assert sparsifiner.why_not(features) == [
+        "FeatureGetterNet is not a timm VisionTransformer, but its model is one, which can be made sparse in "
+        "its place"
+    ]
+    sparsifiner.sparsify(features.model, keep=0.2)
+    assert all(each.shape[0] == 2 for each in features(make_images(224)))
+    parallel = timm.create_model("vit_small_patch16_18x2_224", depth=3)
+    (reason,) = sparsifiner.why_not(parallel)
+    assert reason == "block 0 is a ParallelThingsBlock, which is not supported (and 2 more)"
+
+
+def test_full_backward_hooks_stay():
+    model, called = make_model("deit"), []
+    handle = model.blocks[0].attn.register_full_backward_hook(lambda *args: called.append(1))
+    sparsifiner.sparsify(model, keep=0.2)(make_images(224)).sum().backward()
+    assert called == [1]
+    handle.remove()
+    model(make_images(224)).sum().backward()
+    assert called == [1]
+
+
+@pytest.mark.parametrize("options", [{"backend": "torch"}, {"preset": "paper", "backend": "torch"}, {}])
+@pytest.mark.parametrize("scorer", ["impact", "random"])
+@pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
+def test_one_graph_serves_all_batches(options, scorer):
+    torch.compiler.reset()
+    options = {**options, **({} if "preset" in options else {"scorer": scorer})}
+    model = sparsifiner.sparsify(make_model("deit").eval(), keep=0.2, **options)
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for batch in range(1, 7):
+            images = make_images(224, batch=batch)
+            assert (compiled(images) - model(images)).abs().max() < 1e-5
+    assert counter.frame_count <= 2  # a batch of one has a graph of its own
+
+
+@pytest.mark.parametrize("options", [{"backend": "torch"}, {}, {"tokens": EViT(0.5)}, {"tokens": ToMe(5)}])
+def test_exported_models_take_any_batch(options):
+    model = sparsifiner.sparsify(make_model("deit").eval(), keep=0.2, **options)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (make_images(224),), dynamic_shapes=({0: batch},)).module()
+    images = make_images(224, batch=5)
+    assert (exported(images) - model(images)).abs().max() < 1e-5

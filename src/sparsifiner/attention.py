@@ -22,6 +22,7 @@ from sparsifiner.tokens.state import TokenState
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
 )
 
 
@@ -137,7 +138,7 @@ class SparseAttention(nn.Module):
         connectivity = None
         if spec is not None:
             if state.positions is not None:
-                spec = replace(spec, origin=Origin(state.whole, state.tokens_of_image(len(q), q.device)))
+                spec = replace(spec, origin=Origin(state.whole, state.tokens_of_image(q.shape[0], q.device)))
             if state.policy is not None:
                 spec = replace(spec, present=state.policy > 0)
             connectivity = self.scorer(*(sized if self.scorer.TAKES_SIZES else (q, k, v)), spec)

@@ -6,15 +6,16 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
+import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from sparsifiner.attention import CurrentGrid, SparseAttention
+from sparsifiner.attention import SHARED_MODULES, CurrentGrid, SparseAttention
 from sparsifiner.config import SparsifyConfig, change_config, make_config
 from sparsifiner.layout import TokenLayout
 from sparsifiner.scorers import BorrowingScorer, LowRankScorer, Scorer, SharedLists, make_scorer
-from sparsifiner.tokens.blocks import TokenBlock, TokenBlocks
+from sparsifiner.tokens.blocks import SHARED_BLOCK_MODULES, TokenBlock, TokenBlocks
 
 _logger = logging.getLogger(__name__)
 
@@ -64,35 +65,23 @@ def sparsify(
         )
 
     _check_tokens(model, config)
-    layers = [block.attn for block in model.blocks]
-    sparse_before = [layer for layer in layers if isinstance(layer, SparseAttention)]
+    sparse_before = sparse_layers(model, required=False)
     grid = sparse_before[0].grid if sparse_before else CurrentGrid(model)
     native = TokenLayout(grid.native(), model.num_prefix_tokens)
-    untrained = False
-    lists: SharedLists | None = None
-    for index, (block, layer) in enumerate(zip(model.blocks, layers, strict=True)):
-        scores = index % config.share == 0
-        if scores:
-            lists = SharedLists() if index + 1 < len(layers) and config.share > 1 else None
-        if isinstance(layer, SparseAttention) and _keeps_scorer(layer, config):
-            layer.configure(config)
-            continue
-        if scores:
-            scorer = make_scorer(config, index, native, layer.num_heads, layer.head_dim)
-        else:
-            assert lists is not None
-            scorer = BorrowingScorer(lists, index + 1 == len(layers) or (index + 1) % config.share == 0)
-        scorer = _place(scorer, layer)
-        if isinstance(layer, SparseAttention):
-            layer.scorer = scorer
-            layer.configure(config)
-        else:
-            layer = SparseAttention(layer, scorer, grid, model.num_prefix_tokens, index, len(layers), config)
-            block.attn = layer
-        layer.lists = lists if scores else None
-        untrained = True
+    try:
+        replaced = _make_layers(model, config, grid, native)
+    except BaseException:
+        if not sparse_before:
+            grid.remove()
+        raise
+    # nothing fails from here on, so that a model is converted as a whole or not at all
+    for block, (layer, scorer, lists) in zip(model.blocks, replaced, strict=True):
+        block.attn = layer
+        if scorer is not None:
+            layer.scorer, layer.lists = scorer, lists
+        layer.configure(config)
     _arrange_blocks(model, config, native)
-    if untrained and config.scorer == "lowrank":
+    if config.scorer == "lowrank" and any(scorer is not None for _, scorer, _ in replaced):
         warnings.warn(
             "the low-rank scorer is untrained and chooses keys by chance: load trained weights, or train it",
             stacklevel=2,
@@ -104,6 +93,34 @@ def sparsify(
             config.min_tokens,
         )
     return cast("Model", model)
+
+
+def _make_layers(
+    model: VisionTransformer, config: SparsifyConfig, grid: CurrentGrid, native: TokenLayout
+) -> list[tuple[SparseAttention, Scorer | None, SharedLists | None]]:
+    """The sparse layer of each block, its new scorer and where that puts lists; None where it keeps its own."""
+    made: list[tuple[SparseAttention, Scorer | None, SharedLists | None]] = []
+    depth = len(model.blocks)
+    lists: SharedLists | None = None
+    for index, layer in enumerate(block.attn for block in model.blocks):
+        scores = index % config.share == 0
+        if scores:
+            lists = SharedLists() if index + 1 < depth and config.share > 1 else None
+        if isinstance(layer, SparseAttention) and _keeps_scorer(layer, config):
+            made.append((layer, None, None))
+            continue
+        scorer: Scorer
+        if scores:
+            scorer = make_scorer(config, index, native, layer.num_heads, layer.head_dim)
+        else:
+            assert lists is not None
+            scorer = BorrowingScorer(lists, index + 1 == depth or (index + 1) % config.share == 0)
+        place = _place_of(layer)
+        scorer = scorer.to(device=place.device, dtype=place.dtype).train(layer.training)
+        if not isinstance(layer, SparseAttention):
+            layer = SparseAttention(layer, scorer, grid, model.num_prefix_tokens, index, depth, config)
+        made.append((layer, scorer, lists if scores else None))
+    return made
 
 
 @contextmanager
@@ -159,19 +176,46 @@ def reasons_against(model: nn.Module, attentions: Collection[type[nn.Module]]) -
         attentions: types of attention that will do, besides `SparseAttention`.
     """
     if not isinstance(model, VisionTransformer):
-        return [f"{type(model).__name__} is not a timm VisionTransformer"]
+        inside = (name for name, each in model.named_modules() if isinstance(each, VisionTransformer))
+        found = next(inside, None)
+        hint = "" if found is None else f", but its {found} is one, which can be made sparse in its place"
+        return [f"{type(model).__name__} is not a timm VisionTransformer{hint}"]
     reasons = []
     if getattr(model.patch_embed, "grid_size", None) is None:
         reasons.append(f"{type(model.patch_embed).__name__} has no patch grid (grid_size)")
     if not len(model.blocks):
         reasons.append("it has no blocks")
+    against: dict[str, list[int]] = {}
     for index, block in enumerate(model.blocks):
-        attn = getattr(block, "attn", None)
-        if type(block) not in {Block, ResPostBlock, TokenBlock}:
-            reasons.append(f"block {index} is a {type(block).__name__}, which is not supported")
-        elif not (type(attn) in attentions or isinstance(attn, SparseAttention)):
-            reasons.append(f"block {index} has a {type(attn).__name__} where an Attention is needed")
+        reason = _reason_against_block(block, attentions)
+        if reason:
+            against.setdefault(reason, []).append(index)
+    for reason, indices in against.items():
+        more = f" (and {len(indices) - 1} more)" if len(indices) > 1 else ""
+        reasons.append(f"block {indices[0]} {reason}{more}")
     return reasons
+
+
+def _reason_against_block(block: nn.Module, attentions: Collection[type[nn.Module]]) -> str:
+    """Why a block will not do, as the end of a sentence; empty if it will."""
+    attn = getattr(block, "attn", None)
+    if type(block) not in {Block, ResPostBlock, TokenBlock}:
+        return f"is a {type(block).__name__}, which is not supported"
+    if isinstance(attn, SparseAttention):
+        return ""
+    if type(attn) not in attentions:
+        return f"has a {type(attn).__name__} where an Attention is needed"
+    assert isinstance(attn, nn.Module)
+    own = _own_parts(attn, SHARED_MODULES)
+    return own and f"has an attention with {own}, which would be lost"
+
+
+def _own_parts(module: nn.Module, known: Collection[str]) -> str:
+    """What was put into a module of timm's, which another in its place would not have; empty for nothing."""
+    if "forward" in vars(module):
+        return "a forward of its own"
+    names = [name for name, _ in module.named_children() if name not in known]
+    return f"modules of its own: {', '.join(names)}" if names else ""
 
 
 def sparse_layers(model: nn.Module, *, required: bool = True) -> list[SparseAttention]:
@@ -206,6 +250,10 @@ def _check_tokens(model: VisionTransformer, config: SparsifyConfig) -> None:
             f"tokens: blocks {hooked} have forward hooks, which blocks that drop tokens would not call; "
             "remove them, and hook their attn or mlp"
         )
+    for index, block in enumerate(model.blocks):
+        own = "" if isinstance(block, TokenBlock) else _own_parts(block, SHARED_BLOCK_MODULES)
+        if own:
+            raise ValueError(f"tokens: block {index} has {own}, which blocks that drop tokens would not have")
     config.tokens.counts(len(model.blocks), 1, model.num_prefix_tokens)  # names blocks that are not there
 
 
@@ -228,8 +276,8 @@ def _arrange_blocks(model: VisionTransformer, config: SparsifyConfig, native: To
     for index, block in enumerate(model.blocks):
         reducer = config.tokens.reducer(index, depth, model.embed_dim, native.patches)
         if reducer is not None:
-            weight = layers[index].qkv.weight
-            reducer = reducer.to(device=weight.device, dtype=weight.dtype).train(block.training)
+            place = _place_of(layers[index])
+            reducer = reducer.to(device=place.device, dtype=place.dtype).train(block.training)
             before, own = learned.get(index, {}), reducer.state_dict()
             if {name: each.shape for name, each in before.items()} == {n: e.shape for n, e in own.items()}:
                 reducer.load_state_dict(before)
@@ -271,7 +319,7 @@ def _keeps_scorer(layer: SparseAttention, config: SparsifyConfig) -> bool:
     return True
 
 
-def _place(scorer: Scorer, layer: SparseAttention | Attention) -> Scorer:
-    """Moves a new scorer to where its layer computes."""
-    weight = layer.qkv.weight
-    return scorer.to(device=weight.device, dtype=weight.dtype).train(layer.training)
+def _place_of(module: nn.Module) -> Tensor:
+    """A tensor that is where a module computes, in the dtype that it computes in."""
+    # quantised layers have no parameters
+    return next((each for each in module.parameters() if each.is_floating_point()), torch.empty(0))

@@ -153,7 +153,9 @@ class Scorer(nn.Module):
         """
         B, H = q.shape[:2]
         chunk_elements = _CHUNK_ELEMENTS.get(q.device.type, _CHUNK_ELEMENTS["cuda"])
-        chunk = max(1, chunk_elements // max(1, B * H * self.elements_per_row(spec)))
+        # compiled and exported code is for any batch: it must not depend on B how often a loop is run
+        images = 1 if torch.compiler.is_compiling() else B
+        chunk = max(1, chunk_elements // max(1, images * H * self.elements_per_row(spec)))
         # scores are compared in fp32, so autocast must not round them
         with without_autocast(q.device):
             if self.FUSED_OP and spec.present is None:

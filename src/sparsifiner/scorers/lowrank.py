@@ -138,7 +138,7 @@ class LowRankScorer(Scorer):
         else:
             of_image = self.basis(spec.origin.layout).to(largest.values.dtype)
             basis = of_image[spec.origin.tokens].mT.flatten(0, 1).contiguous()  # [B * K, N]
-            first_row = torch.arange(len(q), device=q.device) * self.up.shape[1]
+            first_row = torch.arange(q.shape[0], device=q.device) * self.up.shape[1]
         if self.legacy:
             zeros = largest.values.new_zeros(*largest.values.shape[:-1], self.up.shape[1])
             sparse = zeros.scatter(-1, largest.indices, largest.values)

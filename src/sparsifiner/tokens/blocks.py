@@ -10,7 +10,8 @@ from sparsifiner.attention import SparseAttention
 from sparsifiner.tokens.method import TokenMethod, TokenReducer
 from sparsifiner.tokens.state import TokenState
 
-_SHARED = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+# everything of timm's block that its forward uses
+SHARED_BLOCK_MODULES = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 
 
 class TokenBlock(nn.Module):
@@ -32,7 +33,7 @@ class TokenBlock(nn.Module):
 
     def __init__(self, dense: Block | ResPostBlock, reducer: TokenReducer | None) -> None:
         super().__init__()
-        for name in _SHARED:
+        for name in SHARED_BLOCK_MODULES:
             if hasattr(dense, name):
                 setattr(self, name, getattr(dense, name))
         self.normalises_after = isinstance(dense, ResPostBlock)
@@ -80,7 +81,7 @@ class TokenBlock(nn.Module):
     def dense_block(self) -> Block | ResPostBlock:
         """The block that this one replaced, with the submodules of now."""
         dense = self._dense[0]
-        for name in _SHARED:
+        for name in SHARED_BLOCK_MODULES:
             if hasattr(self, name):
                 setattr(dense, name, getattr(self, name))
         dense.training = self.training

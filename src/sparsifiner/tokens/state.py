@@ -80,7 +80,7 @@ class TokenState:
             fused: fused tokens from now on.
             sizes: [B, N] of all tokens from now on, None while each stands for itself.
         """
-        positions = self.patch_positions(len(chosen), chosen.device).gather(1, chosen)
+        positions = self.patch_positions(chosen.shape[0], chosen.device).gather(1, chosen)
         return replace(self, positions=positions, fused=fused, sizes=sizes)
 
 

@@ -68,17 +68,14 @@ def sparse_attention(
     row_bytes = keys_per_row * d * key.element_size()
     chunk_bytes = _CHUNK_BYTES.get(q.device.type, _CHUNK_BYTES["cuda"])
     rows_per_chunk = min(_CHUNK_ROWS, max(1, chunk_bytes // row_bytes))
-    chunks = [
-        attend(
-            query[start : start + rows_per_chunk],
-            key,
-            value,
-            slots[start : start + rows_per_chunk],
-            bias[start : start + rows_per_chunk],
-            scale,
-        )
-        for start in range(0, query.shape[0], rows_per_chunk)
-    ]
+    # compiled and exported code is for any batch: its chunks grow with B, their number does not; a GPU could
+    # not launch such chunks
+    for_any_batch = torch.compiler.is_compiling() and not q.is_cuda
+    images, heads = (B, H) if for_any_batch else (1, B * H)
+    chunks = []
+    for start in range(0, heads * tiles.shape[2], rows_per_chunk):
+        rows = slice(start * images, (start + rows_per_chunk) * images)
+        chunks.append(attend(query[rows], key, value, slots[rows], bias[rows], scale))
     out = torch.cat(chunks) if chunks else query
     patches = layout.merge_squares(out.view_as(tiles), tile)
     if not prefix:
