@@ -154,6 +154,13 @@ def test_class_folders_below_a_split(tmp_path, split):
     assert open_images(tmp_path, "train").num_classes == 3
 
 
+def test_as_many_other_images_are_described_otherwise():
+    images = open_images("digits", "train", limit=64)
+    others = open_images("digits", "validation", limit=64)
+    assert images.describe().split(",")[0] == others.describe().split(",")[0] == "64"
+    assert images.describe() != others.describe()
+
+
 def test_class_folders_without_splits_are_taken_whole_and_it_is_logged(tmp_path, caplog):
     write_folder(tmp_path)
     (tmp_path / ".hidden").mkdir()

@@ -139,15 +139,6 @@ def test_rows_that_come_while_others_are_timed_stay(tmp_path, monkeypatch):
     assert all(row["costs"]["cpu"]["ms"] > 0 for row in timed[: len(rows)])
 
 
-def test_other_images_are_other_settings(tmp_path):
-    run(tmp_path, methods=("dense",), timed_on=[])
-    module = sys.modules["sparsifiner.compare.run"]
-    images = open_images("digits", "train", limit=64)
-    others = open_images("digits", "validation", limit=64)
-    assert module._describe(images).split(",")[0] == module._describe(others).split(",")[0] == "64"
-    assert module._describe(images) != module._describe(others)
-
-
 def test_rows_of_other_settings_are_not_mixed(tmp_path):
     run(tmp_path, methods=("dense",))
     images = open_images("digits", "train", limit=64)

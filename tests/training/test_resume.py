@@ -200,6 +200,37 @@ def test_another_teacher_cannot_take_over(undisturbed, tmp_path):
         )
 
 
+@pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
+def test_another_model_or_other_images_cannot_take_over(tmp_path, monkeypatch):
+    few = {"train": 32, "validation": 8}
+    dense = sparsifiner.desparsify(small_model())
+    one = recipe(stages=[Stage("classify", 1)], ema_decay=None)
+
+    def resume(model, limits, recipe=one):
+        sets = [open_images("digits", split, limit=limit) for split, limit in limits.items()]
+        train(model, *sets, recipe, tmp_path, resume=True, device="cpu", progress=False)
+
+    resume(dense, few)
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=r"images: '32, \w+' -> '48, \w+'\. Resume with"):
+        resume(dense, {**few, "train": 48})
+    with pytest.raises(ValueError, match=r"validation_images: '8, \w+' -> '9, \w+'\."):
+        resume(dense, {**few, "validation": 9})
+    with pytest.raises(ValueError, match=r"sparsity\.keep: None -> 0\.5.*and \d+ more"):
+        resume(small_model(), few)
+    other = sparsifiner.desparsify(small_model())
+    other.__class__ = type("Other", (type(other),), {})
+    with pytest.raises(ValueError, match="model: 'VisionTransformer' -> 'Other'"):
+        resume(other, few)
+    monkeypatch.setitem(EVERYTHING, "qkv_bias", False)
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv\.bias: \[72\] -> None"):
+        resume(sparsifiner.desparsify(small_model()), few)
+    with pytest.raises(ValueError, match="seed: 0 -> 1"):
+        resume(dense, few, recipe(stages=one.stages, ema_decay=None, seed=1))
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+    resume(dense, few)
+
+
 def test_what_was_frozen_stays_frozen(tmp_path):
     model = small_model()
     model.patch_embed.requires_grad_(False)

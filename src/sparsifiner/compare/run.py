@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,8 +33,6 @@ _OF_NO_EFFECT = ("workers", "accumulate", "log_every", "checkpoint_every", "seed
 # what tells what a model costs, and one row from another
 _SETTING = ("method", "keep", "token_keep")
 _KEYS = (*_SETTING, "trained", "seed")
-# images that tell one data set from another
-_LOOKED_AT = 64
 _TIMED_DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
@@ -299,15 +296,8 @@ def _settings_of(
     """What all rows of a folder must share; methods, budgets and seeds may be added."""
     shared = {name: getattr(comparison, name) for name in ("tile", "summary", "pool")}
     own = {name: value for name, value in recipe_settings(recipe).items() if name not in _OF_NO_EFFECT}
-    counts = {"images": _describe(images), "validation_images": _describe(validation)}
+    counts = {"images": images.describe(), "validation_images": validation.describe()}
     return {"dense": weights_digest(dense), **counts, **shared, "recipe": own}
-
-
-def _describe(images: ImageSet) -> str:
-    """Number of images, and a digest of the classes and of sizes and labels of some of them."""
-    some = [images[index] for index in range(0, len(images), max(1, len(images) // _LOOKED_AT))]
-    text = repr((images.class_names, [(image.size, label) for image, label in some]))
-    return f"{len(images)}, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def _check_folder(output: Path, settings: dict[str, Any]) -> None:

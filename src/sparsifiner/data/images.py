@@ -7,6 +7,7 @@ one that they cannot read; evaluation must not.
 
 import contextlib
 import functools
+import hashlib
 import io
 import logging
 import re
@@ -38,6 +39,8 @@ _EXTENSIONS = (*get_img_extensions(), ".webp")
 # "jpg", "png", "webp" and "cls" are what WebDataset shards hold
 _IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "cls")
+# images that tell one set from another
+_LOOKED_AT = 64
 _SPLIT_NAMES = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
 # SyntaxError is Pillow's word for a broken PNG, TypeError pyarrow's for fields of changing type
 _LIBRARY_ERRORS = (
@@ -106,6 +109,12 @@ class ImageSet(Dataset[tuple[Image.Image, int]]):
                 f"data={self.data!r} has {self.num_classes} classes, but the model has {classes}; create it "
                 f"with num_classes={self.num_classes}"
             )
+
+    def describe(self) -> str:
+        """Number of images, and a digest of the classes and of sizes and labels of some of them."""
+        some = [self[index] for index in range(0, len(self), max(1, len(self) // _LOOKED_AT))]
+        text = repr((self.class_names, [(image.size, label) for image, label in some]))
+        return f"{len(self)}, {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         row = self._rows[index]

@@ -36,7 +36,7 @@ from sparsifiner.training.processes import (
     name_weights_alike,
     share_weights,
 )
-from sparsifiner.training.progress import Progress
+from sparsifiner.training.progress import Progress, describe_subject
 from sparsifiner.training.recipe import Recipe, Stage, recipe_settings
 from sparsifiner.training.run import Position, RunFolder
 from sparsifiner.training.stages import (
@@ -96,7 +96,8 @@ def train(
         recipe: how.
         output: the run's folder.
         teacher: model whose dense twin teaches; by default the model as it is given.
-        settings: more settings to keep and to compare when the run resumes.
+        settings: more settings to keep and to compare when the run resumes, besides the recipe, the model's
+            class, shapes and sparsity, and the images.
         device: "auto" takes a GPU if there is one, "cpu" none.
         resume: continue the run in `output` at its newest checkpoint, bit for bit.
         progress: show progress bars on a terminal.
@@ -108,7 +109,7 @@ def train(
         FileExistsError: `output` holds a run and `resume` is False.
         FloatingPointError: a loss is no number any more.
         ValueError: recipe, images, model and number of processes do not fit, or the run in `output` has
-            other settings.
+            other settings, or was begun with another model, other images or another seed.
     """
     AcceleratorState._reset_state()  # a run before this one may have had another precision
     accelerator = Accelerator(
@@ -127,9 +128,9 @@ def train(
         if learner_or_teacher is not None:
             images.check_classes(learner_or_teacher)
     stages = choose_stages(model, recipe, teacher)
-    run = begin_together(
-        accelerator, Path(output), {**(settings or {}), **recipe_settings(recipe)}, resume=resume
-    )
+    settings = {**(settings or {}), **recipe_settings(recipe)}
+    subject = describe_subject(model, images, validation)
+    run = begin_together(accelerator, Path(output), settings, subject, resume=resume)
     model.to(accelerator.device)
     share_weights(model)
     twin = None
@@ -148,6 +149,7 @@ def train(
         validation=Validation(accelerator, model, validation, recipe, share),
         mixer=Mixer(recipe, images.num_classes),
         progress=progress and accelerator.is_main_process,
+        state=Progress(subject=subject),
     )
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     try:

@@ -1,5 +1,6 @@
 """What it takes for many processes to train as one."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,25 @@ from sparsifiner.training.run import RunFolder
 
 
 def begin_together(
-    accelerator: Accelerator, output: Path, settings: dict[str, Any], *, resume: bool
+    accelerator: Accelerator,
+    output: Path,
+    settings: dict[str, Any],
+    subject: dict[str, Any],
+    *,
+    resume: bool,
 ) -> RunFolder:
     """Has the main process make the folder ready; all processes go on, or fail, together.
 
     Raises:
         FileExistsError: see `RunFolder.begin`.
-        ValueError: likewise.
+        UnpicklingError: the checkpoint there holds more than values.
+        ValueError: see `RunFolder.begin`.
     """
     failed: list[Exception | None] = [None]
     if accelerator.is_main_process:
         try:
-            RunFolder.begin(output, settings, resume=resume)
-        except (OSError, ValueError) as error:
+            RunFolder.begin(output, settings, subject, resume=resume)
+        except (OSError, ValueError, pickle.UnpicklingError) as error:
             failed = [error]
     broadcast_object_list(failed)
     if failed[0] is not None:

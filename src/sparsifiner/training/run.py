@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from sparsifiner.files import write_aside
+from sparsifiner.training.progress import check_subject, differences
 
 _logger = logging.getLogger(__name__)
 
@@ -55,17 +56,18 @@ class RunFolder:
         self.checkpoint = self._latest_checkpoint()
 
     @staticmethod
-    def begin(path: Path, settings: dict[str, Any], *, resume: bool) -> None:
+    def begin(path: Path, settings: dict[str, Any], subject: dict[str, Any], *, resume: bool) -> None:
         """Makes the folder ready: for a new run, or to go on from its newest checkpoint. Main process only.
 
         Args:
             path: the folder; made if it is missing.
             settings: everything that decides the result, as plain values.
+            subject: what is trained, and on what, as `describe_subject` tells.
             resume: continue the run that is there; one without a checkpoint begins anew.
 
         Raises:
             FileExistsError: files of a run are there and `resume` was not asked for.
-            ValueError: the run that is there has other settings, or they are lost.
+            ValueError: the run that is there has other settings or another subject, or they are lost.
         """
         folder = RunFolder(path, writes=True)
         there = [name for name in _TRACES if (path / name).exists()]
@@ -81,6 +83,7 @@ class RunFolder:
             )
         if folder.checkpoint is not None:
             folder.check_settings(settings)
+            check_subject(folder.checkpoint, subject)
         elif resume:
             _logger.warning("sparsifiner: %s holds no checkpoint to resume; the run begins anew", path)
         path.mkdir(parents=True, exist_ok=True)
@@ -167,13 +170,12 @@ class RunFolder:
                 f"output={str(self.path)!r} holds checkpoints but no {SETTINGS}; put it back, or give "
                 "another --output"
             )
-        before = yaml.safe_load((self.path / SETTINGS).read_text())
-        after = yaml.safe_load(yaml.safe_dump(settings))
-        changed = [
-            f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
-            for name in dict.fromkeys([*before, *after])
-            if name not in _MACHINE_SETTINGS and before.get(name) != after.get(name)
-        ]
+        texts = (self.path / SETTINGS).read_text(), yaml.safe_dump(settings)
+        before, after = (
+            {name: value for name, value in yaml.safe_load(text).items() if name not in _MACHINE_SETTINGS}
+            for text in texts
+        )
+        changed = differences(before, after)
         if changed:
             raise ValueError(
                 f"output={str(self.path)!r} was begun with other settings: {'; '.join(changed)}. "
