@@ -1,13 +1,16 @@
 """The benchmark of operations: refuses wrong backends, compares with the fastest, keeps all rows."""
 
 import csv
+import functools
 import json
+import multiprocessing
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
+from sparsifiner.files import write_aside
 from sparsifiner.measure import rivals
 from sparsifiner.measure.bench_ops import BACKWARD, EVERYTHING, FORWARD, OpsBenchmark, benchmark_operations
 from sparsifiner.measure.parity import ParityError
@@ -15,6 +18,7 @@ from sparsifiner.measure.records import append_rows, command_of, provenance
 from sparsifiner.measure.results import open_results, save_results
 from sparsifiner.ops.sparse_attention import torch_backend
 
+APPENDS = 40
 TINY = {
     "grid": [4, 6],
     "batch_size": 2,
@@ -33,6 +37,11 @@ TINY = {
 
 def measure(**options):
     return [row for rows in benchmark_operations(OpsBenchmark(**{**TINY, **options})) for row in rows]
+
+
+def append_one_by_one(file, part):
+    for row in range(APPENDS):
+        append_rows(file, [{"part": part, "row": row}])
 
 
 @pytest.fixture(scope="module")
@@ -205,8 +214,28 @@ class TestResults:
         picture = ElementTree.parse(tmp_path / "new" / "break_even_ops.svg").getroot()
         assert picture.tag.endswith("svg")
         assert {path.name for path in (tmp_path / "new").iterdir()} == {
-            *("results.json", "results.csv", "break_even_ops.svg")
+            *("results.json", ".results.json.lock", "results.csv", "break_even_ops.svg")
         }
+
+    def test_no_row_of_two_writers_is_lost(self, tmp_path):
+        file = tmp_path / "results.json"
+        # processes that start anew bring no locks or threads of this one along
+        with multiprocessing.get_context("spawn").Pool(2) as pool:
+            pool.map(functools.partial(append_one_by_one, file), ["a", "b"], chunksize=1)
+        rows = json.loads(file.read_text())
+        for part in ("a", "b"):
+            assert [row["row"] for row in rows if row["part"] == part] == list(range(APPENDS))
+        assert len(rows) == 2 * APPENDS
+        assert not list(tmp_path.glob("*.unfinished"))
+
+    def test_a_file_that_cannot_be_written_leaves_no_other(self, tmp_path):
+        def write(aside):
+            aside.write_text("half")
+            raise OSError("no space left")
+
+        with pytest.raises(OSError, match="no space"):
+            write_aside(tmp_path / "results.json", write)
+        assert not list(tmp_path.iterdir())
 
     def test_other_files_are_not_overwritten(self, tmp_path):
         file = tmp_path / "results.json"

@@ -20,7 +20,7 @@ from sparsifiner.files import write_aside
 from sparsifiner.measure.accuracy import evaluate
 from sparsifiner.measure.macs import count_macs
 from sparsifiner.measure.memory import scratch_bytes
-from sparsifiner.measure.records import Row, append_rows, provenance, read_rows, write_rows
+from sparsifiner.measure.records import Row, append_rows, changing_rows, provenance, read_rows
 from sparsifiner.measure.timing import forward_calls, time_in_turns
 from sparsifiner.training import Recipe, train
 from sparsifiner.training.recipe import recipe_settings
@@ -255,11 +255,10 @@ def time_settings(dense: VisionTransformer, comparison: Comparison, file: Path) 
             name, *shares = setting
             model = METHODS[name].build(copy.deepcopy(dense), Budget(*shares), comparison.geometry)
             known = _cost_on(place, {"model": model.eval(), "dense": dense}, comparison, dense)
-        rows = read_rows(file)  # others may have added some meanwhile
-        for row in rows:
-            if tuple(row[name] for name in _SETTING) == setting:
-                row["costs"][place] = known
-        write_rows(file, rows)
+        with changing_rows(file) as rows:  # others may have added some meanwhile
+            for row in rows:
+                if tuple(row[name] for name in _SETTING) == setting:
+                    row["costs"][place] = known
     return read_rows(file)
 
 

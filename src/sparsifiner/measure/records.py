@@ -8,12 +8,14 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from filelock import FileLock
 
 from sparsifiner.config import SparsifyConfig, make_config
 from sparsifiner.files import write_aside
@@ -88,21 +90,31 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def append_rows(file: Path, rows: list[Row]) -> list[Row]:
-    """Adds rows to a JSON list, written aside and renamed, so that nothing is lost half-way.
+    """Adds rows to a JSON list, as `changing_rows` does.
 
     Returns:
         All rows of the file.
     """
-    every = read_rows(file) + rows
-    write_rows(file, every)
+    with changing_rows(file) as every:
+        every += rows
     return every
 
 
-def write_rows(file: Path, rows: list[Row]) -> None:
-    """Writes rows as a JSON list, aside and renamed; those that were there go."""
+@contextmanager
+def changing_rows(file: Path) -> Iterator[list[Row]]:
+    """Lends the rows of a JSON list to change them in place, then writes them, aside and renamed.
+
+    Other processes that change the file wait meanwhile, so that nobody's rows are lost.
+
+    Raises:
+        ValueError: see `read_rows`.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(rows, indent=1) + "\n"
-    write_aside(file, lambda aside: aside.write_text(text))
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        rows = read_rows(file)
+        yield rows
+        text = json.dumps(rows, indent=1) + "\n"
+        write_aside(file, lambda aside: aside.write_text(text))
 
 
 def write_csv(file: Path, rows: list[Row]) -> None:
