@@ -256,6 +256,7 @@ def _adopt_native_size(
     layout = TokenLayout((int(height), int(width)), module.native_layout.prefix)
     if layout != module.native_layout:
         module.native_layout = layout
-        for name in ("down", "up"):
-            old = getattr(module, name)
-            setattr(module, name, nn.Parameter(old.new_empty(layout.tokens, old.shape[1])))
+        for weight in (module.down, module.up):
+            # the same parameters: optimizers hold them, and frozen ones stay frozen
+            weight.data = weight.data.new_empty(layout.tokens, weight.shape[1])
+            weight.grad = None
