@@ -18,6 +18,7 @@ import sparsifiner
 from sparsifiner.cli import COMMANDS, main
 from sparsifiner.config import make_config
 from sparsifiner.measure.records import command_of
+from sparsifiner.models.loading import read_weights
 from sparsifiner.ops import native
 from sparsifiner.ops.sparse_attention import torch_backend
 
@@ -377,6 +378,14 @@ class TestWeights:
             "--limit", 4, "--workers", 0,
         )  # fmt: skip
         assert code == 0
+
+    @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+    def test_names_that_wrappers_put_before_the_model_are_taken_off(self, tmp_path, prefix):
+        wrapped = {f"{prefix}head.bias": torch.ones(2)}
+        save_file(wrapped, tmp_path / "model.safetensors")
+        torch.save({"state_dict": wrapped}, tmp_path / "model.pth")
+        for name in ("model.safetensors", "model.pth"):
+            assert list(read_weights(tmp_path / name)) == ["head.bias"]
 
     def test_part_of_a_scorer(self, capsys, weights):
         state = load_file(weights)

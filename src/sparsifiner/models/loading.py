@@ -10,6 +10,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
@@ -114,8 +115,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"weights={str(path)!r}: there is no such file")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, LookupError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"weights={str(path)!r} cannot be read: it may be corrupt or cut off, or hold more than tensors "
@@ -128,8 +130,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
         raise ValueError(f"weights={str(path)!r} holds no state dict of tensors")
-    # DistributedDataParallel saves its inner model under this name
-    return {key.removeprefix("module."): value for key, value in content.items()}
+    # DistributedDataParallel and torch.compile put a word before the names of their inner model
+    return dict(clean_state_dict(content))
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
