@@ -1,9 +1,19 @@
-"""Writing files so that they are never there in part."""
+"""Writing files so that they are never there in part, nor in the place of others."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+
+def check_absent(file: Path) -> None:
+    """Keeps what is there from being overwritten.
+
+    Raises:
+        FileExistsError: there is such a file.
+    """
+    if file.exists():
+        raise FileExistsError(f"path={str(file)!r} exists; remove it, or give another name")
 
 
 def write_aside(file: Path, write: Callable[[Path], Any]) -> None:

@@ -174,8 +174,13 @@ def test_the_command_and_its_file(capsys, tmp_path):
     assert evaluated["against_dense"]["token_error"] == pytest.approx(report["error"], rel=1e-3)
     code, _, err = run(capsys, "eval", *shared, "--adapter", output, "--keep", 0.1)
     assert (code, "leave out keep" in err) == (2, True)
-    # by hand again, as a table
     output.unlink()
+    output.with_suffix(".svg").write_text("someone's")
+    code, out, err = run(capsys, "calibrate", *shared, *sparsity, *options)
+    assert (code, "calibrated.svg' exists; remove it" in err) == (2, True)
+    assert (output.exists(), output.with_suffix(".svg").read_text()) == (False, "someone's")
+    # by hand again, as a table
+    output.with_suffix(".svg").unlink()
     code, out, _ = run(capsys, "calibrate", *shared, *sparsity, *options)
     assert code == 0
     assert "relative distance of the patch tokens" in out

@@ -8,6 +8,7 @@ from typing import Literal
 from sparsifiner.cli.options import ImageOptions, ModelOptions, SparsityOptions, WeightOptions, build_model
 from sparsifiner.data import make_loader, open_images
 from sparsifiner.device import choose_device
+from sparsifiner.files import check_absent
 from sparsifiner.models.adapter import check_new, save_adapter
 from sparsifiner.patch import about_to_train
 from sparsifiner.training.calibration import Calibration
@@ -56,7 +57,8 @@ def calibrate(
     config = sparsity.to_config(weights.adapter)
     if config is None:
         raise ValueError("preset='dense' has no keys to spread; use preset='fast' or 'paper'")
-    check_new(output)
+    figure = check_new(output).with_suffix(".svg")
+    check_absent(figure)
     chosen = choose_device(device)
     images = open_images(data, split, limit=limit)
     with about_to_train(scorer=fit_steps > 0):
@@ -68,7 +70,7 @@ def calibrate(
     )
     seconds = time.perf_counter() - start
     save_adapter(built, output)
-    write_calibration(output.with_suffix(".svg"), report)
+    write_calibration(figure, report)
     if json:
         print(json_format.dumps({**report.to_dict(), "seconds": seconds, "output": str(output)}))
     else:

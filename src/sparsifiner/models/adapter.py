@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsifiner.config import SparsifyConfig, config_from_dict, config_to_dict
-from sparsifiner.files import write_aside
+from sparsifiner.files import check_absent, write_aside
 from sparsifiner.patch import sparse_layers
 
 _KEY = "sparsifiner"
@@ -63,8 +63,7 @@ def check_new(path: str | Path) -> Path:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"path={str(path)!r} must end in .safetensors")
-    if path.exists():
-        raise FileExistsError(f"path={str(path)!r} exists; remove it, or give another name")
+    check_absent(path)
     return path
 
 
