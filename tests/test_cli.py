@@ -169,6 +169,15 @@ def test_help_is_complete(capsys):
                 assert re.search(rf"--{parameter}\b[^\n]*\s+[\w\"]", help_text), parameter
 
 
+def test_help_of_a_switch_is_its_whole_entry(capsys):
+    _, out, _ = run(capsys, "eval", "--help")
+    entry = re.search(r"--against_dense +evaluate(.*?) --", out, re.DOTALL)[1]
+    words = (
+        "the dense twin on the same images: difference with its paired 95 % interval, agreement, KL of the"
+    )
+    assert " ".join(entry.split()) == f"{words} logits (default: False)"
+
+
 def test_group_help_names_its_commands(capsys):
     code, out, _ = run(capsys, "bench", "--help")
     assert code == 0

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from docstring_parser import parse
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
 from sparsifiner import __version__
@@ -111,9 +112,9 @@ def _flags(source: Callable[..., Any]) -> set[str]:
 
 
 def _add_flags(parser: ArgumentParser, source: Callable[..., Any]) -> None:
-    documented = {line.split(":")[0].strip(): line for line in (inspect.getdoc(source) or "").splitlines()}
+    documented = {entry.arg_name: entry.description or "" for entry in parse(source.__doc__ or "").params}
     for name in sorted(_flags(source)):
-        text = documented[name].partition(":")[2].strip().rstrip(".:")
+        text = " ".join(documented[name].split()).rstrip(".")
         if inspect.signature(source).parameters[name].default is True:
             parser.add_argument(f"--{name}", action=ActionYesNo, default=True, help=text)
         else:
