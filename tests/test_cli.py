@@ -139,6 +139,11 @@ def test_eval_on_digits_beside_the_dense_twin(capsys, weights):
     assert report["images_per_second"] > 0
 
 
+def test_a_dense_model_has_no_recall(capsys):
+    arguments = ["eval", *TINY, "--model-args", TINY_ARGS, "--preset", "dense", "--mask-recall"]
+    check_error(run(capsys, *arguments), "preset='dense' has no key lists; use preset='fast' or 'paper'")
+
+
 def test_eval_of_a_config_file(capsys, tmp_path, weights):
     config = tmp_path / "eval.yaml"
     config.write_text(

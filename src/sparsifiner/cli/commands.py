@@ -107,6 +107,11 @@ def evaluate(
         json: print JSON.
     """
     config = sparsity.to_config(weights.adapter)
+    if mask_recall and config is None:
+        raise ValueError(
+            "mask_recall=True, but preset='dense' has no key lists; use preset='fast' or 'paper', or leave "
+            "--mask-recall out"
+        )
     chosen = choose_device(device)
     images = open_images(data, split, limit=limit)
     built = build_model(model, weights, config, images.num_classes)
