@@ -4,6 +4,7 @@ import copy
 import json
 import pathlib
 import re
+import shutil
 import sys
 
 import numpy as np
@@ -123,6 +124,16 @@ def test_each_setting_is_timed_once_and_later_if_need_be(tmp_path, monkeypatch):
         == json.loads((tmp_path / "results.json").read_text())
     )
     assert len(timed) == 2
+
+
+def test_only_a_run_that_was_begun_is_resumed(tmp_path, caplog):
+    run(tmp_path, methods=("dense",), timed_on=[])
+    assert "no checkpoint to resume" not in caplog.text
+    # killed before its first checkpoint
+    (tmp_path / "results.json").unlink()
+    shutil.rmtree(tmp_path / "runs" / "dense_True_0" / "checkpoints")
+    run(tmp_path, methods=("dense",), timed_on=[])
+    assert "dense_True_0 holds no checkpoint to resume; the run begins anew" in caplog.text
 
 
 def test_rows_that_come_while_others_are_timed_stay(tmp_path, monkeypatch):

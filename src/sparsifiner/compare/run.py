@@ -191,7 +191,7 @@ def compare(
                 teacher=teacher,
                 settings={**settings, **described},
                 device=device,
-                resume=True,
+                resume=folder.exists(),
             )
         row = {
             **described,
