@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -99,6 +100,31 @@ def test_changing_other_options_keeps_the_scorers():
         model(make_images())
     assert not torch.equal(traces[0].connectivity.indices, traces[1].connectivity.indices)
     assert all(layer.lists is None for layer in sparse_layers(model))
+
+
+@torch.no_grad()
+def test_layers_that_score_before_and_after_keep_their_scorers():
+    with pytest.warns(UserWarning, match="untrained"):
+        model = make_model(scorer="lowrank")
+    scorers = [layer.scorer for layer in sparse_layers(model)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no scorer is new
+        sparsifiner.sparsify(model, share=2)
+    layers = sparse_layers(model)
+    assert [layer.scorer for layer in layers[::2]] == scorers[::2]
+    with sparsifiner.trace(model) as traces:
+        model(make_images())
+    assert torch.equal(traces[0].connectivity.indices, traces[1].connectivity.indices)
+    assert not torch.equal(traces[1].connectivity.indices, traces[2].connectivity.indices)
+    with pytest.warns(UserWarning, match="untrained"):  # layer 3 took lists
+        sparsifiner.sparsify(model, share=3)
+    assert layers[0].scorer is scorers[0]
+    assert layers[0].lists is layers[1].scorer.lists is layers[2].scorer.lists
+    model(make_images())
+    with pytest.warns(UserWarning, match="untrained"):
+        sparsifiner.sparsify(model, share=1)
+    assert layers[0].scorer is scorers[0]
+    assert all(layer.lists is None for layer in layers)
 
 
 def test_gradients_flow_and_gradient_checkpointing_is_refused():

@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 # fields that shape a scorer: with these equal, calling sparsify again keeps the scorer and its weights
-_SHAPING_FIELDS = ("scorer", "basis", "reduced_dim", "share")
+_SHAPING_FIELDS = ("scorer", "basis", "reduced_dim")
 
 
 def sparsify(
@@ -31,7 +31,7 @@ def sparsify(
     """Makes the attention of a timm `VisionTransformer` sparse, in place, keeping its weights.
 
     On a sparse model it changes only the configuration: options alone change the one that it has, and
-    scorers of the same kind keep their weights.
+    scorers of the same kind keep their weights in every layer that scores before and after.
 
     Args:
         model: a plain timm Vision Transformer; `why_not(model)` says whether it will do.
@@ -75,13 +75,13 @@ def sparsify(
             grid.remove()
         raise
     # nothing fails from here on, so that a model is converted as a whole or not at all
+    untrained = False
     for block, (layer, scorer, lists) in zip(model.blocks, replaced, strict=True):
-        block.attn = layer
-        if scorer is not None:
-            layer.scorer, layer.lists = scorer, lists
+        untrained |= isinstance(scorer, LowRankScorer) and getattr(block.attn, "scorer", None) is not scorer
+        block.attn, layer.scorer, layer.lists = layer, scorer, lists
         layer.configure(config)
     _arrange_blocks(model, config, native)
-    if config.scorer == "lowrank" and any(scorer is not None for _, scorer, _ in replaced):
+    if untrained:
         warnings.warn(
             "the low-rank scorer is untrained and chooses keys by chance: load trained weights, or train it",
             stacklevel=2,
@@ -97,17 +97,18 @@ def sparsify(
 
 def _make_layers(
     model: VisionTransformer, config: SparsifyConfig, grid: CurrentGrid, native: TokenLayout
-) -> list[tuple[SparseAttention, Scorer | None, SharedLists | None]]:
-    """The sparse layer of each block, its new scorer and where that puts lists; None where it keeps its own."""
-    made: list[tuple[SparseAttention, Scorer | None, SharedLists | None]] = []
+) -> list[tuple[SparseAttention, Scorer, SharedLists | None]]:
+    """The sparse layer of each block, its scorer, and where it puts lists for the layers behind."""
+    made: list[tuple[SparseAttention, Scorer, SharedLists | None]] = []
     depth = len(model.blocks)
     lists: SharedLists | None = None
     for index, layer in enumerate(block.attn for block in model.blocks):
         scores = index % config.share == 0
         if scores:
             lists = SharedLists() if index + 1 < depth and config.share > 1 else None
-        if isinstance(layer, SparseAttention) and _keeps_scorer(layer, config):
-            made.append((layer, None, None))
+        if isinstance(layer, SparseAttention) and _keeps_scorer(layer, config, scores):
+            has_them = layer.config.share == config.share
+            made.append((layer, layer.scorer, layer.lists if has_them else lists))
             continue
         scorer: Scorer
         if scores:
@@ -310,7 +311,13 @@ def _resolve_config(
     return make_config(preset or "fast", **options)
 
 
-def _keeps_scorer(layer: SparseAttention, config: SparsifyConfig) -> bool:
+def _keeps_scorer(layer: SparseAttention, config: SparsifyConfig, scores: bool) -> bool:
+    """Whether a layer keeps its scorer, given whether it scores or takes the lists of another."""
+    if isinstance(layer.scorer, BorrowingScorer) is scores:
+        return False
+    # groups of another size have other lists to take
+    if not scores and layer.config.share != config.share:
+        return False
     if any(getattr(layer.config, name) != getattr(config, name) for name in _SHAPING_FIELDS):
         return False
     scorer = layer.scorer
