@@ -15,7 +15,12 @@ from sparsifiner.ops.select import cpu_backend
 from sparsifiner.scorers import ImpactScorer, ListSpec
 from sparsifiner.training.losses import reconstruction_loss
 from tests.ops.cases import layout_of, make_qkv
-from tests.ops.test_select_backends import assert_equals_reference, lowrank_scorer, special_scores
+from tests.ops.test_select_backends import (
+    assert_equals_reference,
+    assert_forced_keys_are_listed_once,
+    lowrank_scorer,
+    special_scores,
+)
 
 pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "runs")
 INSTRUCTION_SETS = [isa.name.lower() for isa in native.Isa if isa and isa <= native.best_isa()]
@@ -67,6 +72,10 @@ def test_rows_without_a_score_take_their_own_tokens():
     for budget in (1, 2, 4):
         expected = select_topk(scores, budget, forced=1, own=own, backend="reference")
         assert torch.equal(select_topk(scores, budget, forced=1, own=own, backend="cpu"), expected)
+
+
+def test_forced_keys_are_listed_once():
+    assert_forced_keys_are_listed_once("cpu", "cpu")
 
 
 def test_empty_batch():

@@ -84,6 +84,18 @@ def test_rows_without_a_score_take_their_own_tokens(backend):
         assert torch.equal(actual.cpu(), expected)
 
 
+def assert_forced_keys_are_listed_once(backend, device):
+    """Rows without a score, of which the first two stand for the forced keys."""
+    scores = torch.full((1, 1, 8, 8), torch.nan, device=device)
+    lists = select_topk(scores, 4, forced=2, backend=backend)[0, 0]
+    assert lists.tolist() == [[0, 1, -1, -1]] * 2 + [[0, 1, row, -1] for row in range(2, 8)]
+
+
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_forced_keys_are_listed_once(backend):
+    assert_forced_keys_are_listed_once(backend, DEVICE)
+
+
 def lowrank_scorer(layout, head_dim, basis, kept):
     """A scorer with weights of the size that training leaves."""
     config = make_config("paper", basis=basis, coef_topk=kept)

@@ -26,8 +26,9 @@ def select_topk(
         budget: list length k, 1 <= k <= N.
         forced: the first `forced` keys (the prefix) are in every list, inside the budget, whatever
             their scores.
-        own: integer [rows, m], the tokens that each row stands for, ascending, -1 (none) last; by
-            default row r stands for the one token `N - rows + r`, as with one list per patch query.
+        own: integer [rows, m], the tokens that each row stands for, ascending, -1 (none) last, none of
+            them a forced one; by default row r stands for the one token `N - rows + r`, as with one list
+            per patch query, or for none where that token is forced.
         backend: "auto", "reference", "torch", "cpu" (native code) or, on a GPU, "triton".
 
     Returns:
@@ -47,7 +48,8 @@ def select_topk(
     if not 0 <= forced <= budget:
         raise ValueError(f"select_topk: forced must lie in 0..{budget} (the budget), got {forced}")
     if own is None:
-        own = (torch.arange(rows, device=scores.device) + (N - rows)).clamp(min=0).unsqueeze(1)
+        tokens = (torch.arange(rows, device=scores.device) + (N - rows)).clamp(min=0)
+        own = torch.where(tokens < forced, -1, tokens).unsqueeze(1)
     elif own.ndim != 2 or own.shape[0] != rows:
         raise ValueError(f"select_topk: own must be [rows={rows}, m], got shape {tuple(own.shape)}")
 
