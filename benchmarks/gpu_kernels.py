@@ -23,8 +23,13 @@ from torch.profiler import ProfilerActivity, profile
 from sparsifiner.connectivity import key_budget
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops.select import operators as select_operators
+from sparsifiner.ops.select.triton_backend import select_kernel
+from sparsifiner.ops.select.triton_tiles import tile_scores_kernel
 from sparsifiner.ops.sparse_attention import triton_backend
 from sparsifiner.ops.sparse_attention.operators import attend
+from sparsifiner.ops.sparse_attention.triton_backward import attend_backward_kernel, key_gradients_kernel
+from sparsifiner.ops.sparse_attention.triton_forward import attend_kernel, missing_kernel
+from sparsifiner.ops.triton_means import square_means_kernel
 
 HEADS, HEAD_DIM, TILE, SUMMARY = 6, 64, 8, 8
 # grid side, batch, keep
@@ -59,6 +64,26 @@ def kernel_times(call: Callable[[], Any], rounds: int) -> dict[str, float]:
     return {name: statistics.median(times[name] for times in calls) for name in calls[0]}
 
 
+def work(layout: TokenLayout, batch: int, budget: int) -> dict[str, tuple[int, int, int]]:
+    """Bytes through device memory, bytes asked of the L2 cache and operations of each kernel, by its name."""
+    N, pairs, rows, windows = layout.tokens, batch * HEADS, layout.squares(TILE), layout.squares(SUMMARY)
+    tensor = 2 * pairs * N * HEAD_DIM  # bytes of q, k, v or out
+    lists = 4 * pairs * rows * budget
+    scores = 2 * pairs * rows * N
+    entries = pairs * rows * (budget + windows) * HEAD_DIM
+    products = 2 * pairs * N * (budget + windows) * HEAD_DIM  # operations of QKᵀ over the lists
+    kernels = {
+        square_means_kernel: (3 * tensor, 3 * tensor, 0),
+        tile_scores_kernel: (tensor + scores, tensor + scores, 2 * pairs * rows * N * HEAD_DIM),
+        select_kernel: (scores + lists, scores + lists, 0),
+        missing_kernel: (lists, lists, 0),
+        attend_kernel: (4 * tensor + lists, 2 * tensor + lists + 4 * entries, 2 * products),
+        attend_backward_kernel: (6 * tensor + lists + 8 * tensor, 4 * tensor + 12 * entries, 5 * products),
+        key_gradients_kernel: (6 * tensor, 6 * tensor, 0),
+    }
+    return {kernel.fn.__name__: each for kernel, each in kernels.items()}
+
+
 def measure(
     side: int, batch: int, keep: tuple[int, int], limits: tuple[float, float]
 ) -> list[dict[str, Any]]:
@@ -81,26 +106,10 @@ def measure(
         torch.autograd.grad(out, qkv, upstream)
 
     times = kernel_times(call, ROUNDS)
-    pairs, rows, windows = batch * HEADS, layout.squares(TILE), layout.squares(SUMMARY)
-    tensor = 2 * pairs * N * HEAD_DIM  # bytes of q, k, v or out
-    lists = 4 * pairs * rows * budget
-    scores = 2 * pairs * rows * N
-    entries = pairs * rows * (budget + windows) * HEAD_DIM
-    products = 2 * pairs * N * (budget + windows) * HEAD_DIM  # operations of QKᵀ over the lists
-    # kernel -> bytes through device memory, bytes asked of the L2 cache, operations
-    model = {
-        "square_means_kernel": (3 * tensor, 3 * tensor, 0),
-        "pooled_scores_kernel": (tensor + scores, tensor + scores, 2 * pairs * rows * N * HEAD_DIM),
-        "select_kernel": (scores + lists, scores + lists, 0),
-        "missing_kernel": (lists, lists, 0),
-        "attend_kernel": (4 * tensor + lists, 2 * tensor + lists + 4 * entries, 2 * products),
-        "attend_backward_kernel": (6 * tensor + lists + 8 * tensor, 4 * tensor + 12 * entries, 5 * products),
-        "key_gradients_kernel": (6 * tensor, 6 * tensor, 0),
-    }
     bandwidth, rate = limits
-    found = []
-    for name, (moved, sent, operations) in model.items():
-        seconds = times[name]
+    found, unnamed = [], dict(times)
+    for name, (moved, sent, operations) in work(layout, batch, budget).items():
+        seconds = unnamed.pop(name)
         floor = max(moved / bandwidth, operations / rate)
         found.append(
             {
@@ -118,7 +127,7 @@ def measure(
                 "floor_milliseconds": 1e3 * floor,
             }
         )
-    rest = sum(seconds for name, seconds in times.items() if name not in model)
+    rest = sum(unnamed.values())
     found.append(
         {"tokens": N, "batch": batch, "keep": keep[0] / keep[1], "kernel": "rest", "milliseconds": 1e3 * rest}
     )
