@@ -1,5 +1,7 @@
 """docs/performance.md: milliseconds of operations and models beside the fastest dense path."""
 
+from typing import Any
+
 from provenance import RESULTS
 from tables import load, source_of, table
 
@@ -10,17 +12,34 @@ HEADER = """# Performance
 Milliseconds of sparse attention, scoring and selection and summaries included, against the fastest dense path of
 the same run: flash, cuDNN, memory-efficient or a compiled model on a GPU, SDPA, matmul + softmax or a compiled
 model on a CPU. Ratios below 1 are where sparse attention loses. Medians with the 10th and 90th percentile; keys
-are selected from random inputs. The tables were written by `python benchmarks/report.py` from `docs/results/`.
+are selected from random inputs. What each part takes by itself, and every rival of the same run, is in tables of
+their own. The tables were written by `python benchmarks/report.py` from `docs/results/`.
 """
+
+# a part of the rows: the rival that is given its blocks
+FLEX = "flex attention"
+PARTS = """"Select" is scores and selection, "attend" attention alone on given lists, summaries included,
+"everything" both. "Masked dense" is the official way: all logits, those of other pairs replaced by -inf; it is given
+its mask and selects nothing, either."""
+
+
+def _rows(table_name: str) -> list[dict[str, Any]]:
+    return load(
+        table_name, *("row", "threads", "tokens", "batch", "dtype", "keep", "summary", "measure", "part")
+    )
+
+
+def _table(header: list[str], body: list[list[str]]) -> str:
+    """A table without the columns that are empty."""
+    filled = [index for index in range(len(header)) if any(line[index] for line in body)]
+    return table([header[index] for index in filled], [[line[index] for index in filled] for line in body])
 
 
 def speed(table_name: str, title: str, text: str) -> str:
     """One table of `benchmarks/speed.py`: every sparse row beside the fastest dense one of its run."""
     if not (RESULTS / f"{table_name}.json").exists():
         return ""
-    rows = load(
-        table_name, *("row", "threads", "tokens", "batch", "dtype", "keep", "summary", "measure", "part")
-    )
+    rows = _rows(table_name)
     body = []
     for row in rows:
         if row["part"] not in {"everything", "sparse", "sparse compiled"} or row["ratio"] is None:
@@ -42,16 +61,88 @@ def speed(table_name: str, title: str, text: str) -> str:
         ])  # fmt: skip
     header = ["what", "size", "batch", "dtype", "keep", "threads", "fastest dense, ms", "sparse, ms", "ratio"]
     header += ["memory", "command"]
-    filled = [index for index in range(len(header)) if any(line[index] for line in body)]
-    body = [[line[index] for index in filled] for line in body]
     return f"""## {title}
 
 {text}
 
 `python benchmarks/speed.py {table_name}` ({source_of(rows)})
 
-{table([header[index] for index in filled], body)}
+{_table(header, body)}
 """
+
+
+def operations(table_name: str) -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:
+    """Rows of operations by their part, of each row's name, threads, N and measure."""
+    if not (RESULTS / f"{table_name}.json").exists():
+        return {}
+    found: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in _rows(table_name):
+        if row["benchmark"] == "ops":
+            setting = (row["row"], row["threads"], row["tokens"], row["measure"])
+            found.setdefault(setting, {})[row["part"]] = row
+    return found
+
+
+def parts(table_name: str, title: str, text: str) -> str:
+    """One table of operations: what each part takes, and every rival of its run."""
+    cases = operations(table_name)
+    if not cases:
+        return ""
+    ours = ["select", "attend", "everything"]
+    rivals = list(dict.fromkeys(part for own in cases.values() for part in own if part not in ours))
+    body = []
+    for (name, threads, tokens, measure), own in cases.items():
+        row = own["everything"]
+        body.append([
+            f"{name}: {measure}",
+            f"{tokens:,}",
+            str(row["batch"]),
+            row["dtype"],
+            f"{row['keep']:g}",
+            "" if threads is None else str(threads),
+            *(_milliseconds(own.get(part)) for part in [*ours, *rivals]),
+            _to_flex(own),
+        ])  # fmt: skip
+    header = ["what", "N", "batch", "dtype", "keep", "threads", *ours]
+    header += [{FLEX: "FlexAttention (keys)"}.get(part, part) for part in rivals]
+    return f"""### {title}
+
+{text}
+
+{_table([*header, "FlexAttention / attend"], body)}
+"""
+
+
+def _milliseconds(row: dict[str, Any] | None) -> str:
+    if row is None or row["median_ms"] is None:
+        return ""
+    keys = f" ({100 * row['key_visits']:.1f} %)" if row["part"] == FLEX else ""
+    return three_figures(row["median_ms"]) + keys
+
+
+def _to_flex(own: dict[str, dict[str, Any]]) -> str:
+    """How many times as fast as FlexAttention our attention alone is."""
+    if "attend" not in own or own[FLEX]["median_ms"] is None:
+        return ""
+    ratio = own[FLEX]["median_ms"] / own["attend"]["median_ms"]
+    return f"**{ratio:.2f}x**" if ratio >= 1 else f"{ratio:.2f}x"
+
+
+def _span(ratios: list[float]) -> str:
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
+def against_flex() -> str:
+    """Our attention alone beside FlexAttention, by form of list."""
+    ratios: dict[bool, list[float]] = {True: [], False: []}
+    for (name, *_), own in operations("gpu").items():
+        if "attend" in own and "masked" not in name:
+            ratio = own[FLEX]["median_ms"] / own["attend"]["median_ms"]
+            ratios["per query" in name].append(ratio)
+    return (
+        f"With one list per query\nFlexAttention wins clearly: our packed attention is {_span(ratios[True])} times"
+        f" as fast; with tiles it is\n{_span(ratios[False])} times as fast."
+    )
 
 
 def gpu_kernels() -> str:
@@ -97,6 +188,11 @@ def performance() -> str:
             "by more than their spread within one, ratios less. EViT keeps half of the patches at each of three\n"
             "stages; with keep 1 attention among them is dense.",
         ),
+        parts(
+            "cpu",
+            "Parts and rivals on a CPU",
+            f"Milliseconds. {PARTS} FlexAttention compiles kernels for GPUs only.",
+        ),
         speed(
             "gpu",
             "On a GPU",
@@ -105,6 +201,14 @@ def performance() -> str:
             '"Lists for two layers" is the mean over two layers with `share=2`. One list per query is packed\n'
             "over the union of a tile's lists, or a mask for dense attention: packing is the faster of the two at\n"
             'every size, forward and backward, so "auto" packs; neither breaks even with dense attention here.',
+        ),
+        parts(
+            "gpu",
+            "Parts and rivals on a GPU",
+            f"Milliseconds. {PARTS}\n"
+            'FlexAttention is given random blocks of 128 x 128 pairs and selects nothing: its rival is "attend". Its\n'
+            "share of the keys is rounded to whole blocks and stands in brackets. The last column says how many times\n"
+            f"as fast as FlexAttention our attention alone is. {against_flex()}",
         ),
         gpu_kernels(),
     ]
