@@ -145,6 +145,30 @@ def against_flex() -> str:
     )
 
 
+def packing() -> str:
+    """Attention alone over lists per query: packed beside masked."""
+    cases = operations("gpu")
+    forward, backward = [], []
+    for (name, threads, tokens, measure), packed in cases.items():
+        if "packed" not in name:
+            continue
+        other = name.replace("packed", "masked")
+        masked = cases[other, threads, tokens, measure]
+        if "attend" in packed:
+            forward.append(masked["attend"]["median_ms"] / packed["attend"]["median_ms"])
+            continue
+        times = []
+        for title, own in ((name, packed), (other, masked)):
+            alone = cases[title, threads, tokens, "forward"]
+            both = own["everything"]["median_ms"] - alone["everything"]["median_ms"]
+            times.append(alone["attend"]["median_ms"] + both)
+        backward.append(times[1] / times[0])
+    return (
+        f"Attention alone, without selection, is {_span(forward)} times as fast packed as masked;\n"
+        f"of both passes together, told by what the backward adds to everything, {_span(backward)} times."
+    )
+
+
 def gpu_kernels() -> str:
     """What bounds each kernel of one operation, forward and backward."""
     if not (RESULTS / "gpu_kernels.json").exists():
@@ -199,8 +223,8 @@ def performance() -> str:
             'Triton kernels (`backend="triton"`), replayed as CUDA graphs, caches overwritten before each\n'
             "measurement. Memory is what an operation needs beyond its inputs, its result and its lists.\n"
             '"Lists for two layers" is the mean over two layers with `share=2`. One list per query is packed\n'
-            "over the union of a tile's lists, or a mask for dense attention: packing is the faster of the two at\n"
-            'every size, forward and backward, so "auto" packs; neither breaks even with dense attention here.',
+            "over the union of a tile's lists, or a mask for dense attention; neither breaks even with dense\n"
+            f'attention here. {packing()}\nSo "auto" packs.',
         ),
         parts(
             "gpu",
