@@ -28,8 +28,9 @@ The preset `fast` with the tile and the summaries given here, and calibrated on 
 training split.""",
     "baselines": """### Other key lists at the same key visits
 
-Random, window and strided lists with the same summaries, summaries alone (keep 1e-06), and the oracle, which
-ranks by the true attention: it shows what the form of sparsity allows, not what a scorer reaches.""",
+Random, window and strided lists with the same summaries, summaries with the prefix token and one random key (keep
+1e-06), and the oracle, which ranks by the true attention: it shows what the form of sparsity allows, not what a
+scorer reaches.""",
     "designs": "### One choice changed at a time",
     "sweep": "### Budgets",
 }

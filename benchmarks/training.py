@@ -57,7 +57,7 @@ VARIANTS: dict[str | None, list[object]] = {
     "falling_summary8": ["--profile", "falling", "--summary", 8],
     "falling_summary4_basis64": FALLING_SUMMARY4_BASIS64,
     "falling_summary4_basis64_no_features": [*FALLING_SUMMARY4_BASIS64, "--loss_weights.token", 0],
-    # what lists of no thought reach beside the same summaries; "--rows 1e-06" has summaries alone
+    # what lists of no thought reach beside the same summaries; "--rows 1e-06" leaves 1 random key
     "random": ["--scorer", "random"],
     "random_falling_summary4": ["--scorer", "random", "--profile", "falling", "--summary", 4],
     **{f"random_summary{side}": ["--scorer", "random", "--summary", side] for side in (2, 3, 4)},
