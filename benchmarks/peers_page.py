@@ -36,6 +36,7 @@ def comparison() -> str:
             for row in rows for place, cost in row["costs"].items()
         })  # fmt: skip
         absent = sorted(set(METHODS) - {row["method"] for row in rows}) if "methods" not in settings else []
+        untimed = sorted(name for name in {row["method"] for row in rows} if not METHODS[name].is_timed)
         sections.append(
             f"""## N = {rows[0]["tokens"]}, {rows[0]["images"]:,} validation images
 
@@ -49,6 +50,10 @@ does not compete.
 
 Each setting was timed alone and beside the dense model, not compiled: on {"; ".join(timed)}.{
                 f" Not measured yet: {', '.join(absent)}." if absent else ""
+            }{
+                f" Not timed: {', '.join(untimed)}, which this package computes by a reference that was not written for speed."
+                if untimed
+                else ""
             } An empty cell was not measured.
 
 `sparsifiner compare --config configs/compare/{file.stem.replace("compare", "tiny_imagenet")}.yaml` ({

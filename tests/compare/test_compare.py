@@ -15,12 +15,13 @@ import torch
 import sparsifiner
 from sparsifiner.cli import main
 from sparsifiner.compare import METHODS, Budget, Comparison, Geometry, compare
-from sparsifiner.compare.run import pack_bits, unpack_bits
+from sparsifiner.compare.run import pack_bits, time_settings, unpack_bits
 from sparsifiner.compare.table import cost_of, format_comparison, front_of, merge_seeds
 from sparsifiner.data import open_images
 from sparsifiner.measure.records import append_rows, read_rows
 from sparsifiner.training import Recipe
 from sparsifiner.training.recipe import Stage
+from sparsifiner.viz.pareto import write_pareto
 
 SMALL = {"img_size": 32, "patch_size": 4, "depth": 4, "embed_dim": 24, "num_heads": 2, "num_classes": 10}
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "compare"
@@ -203,6 +204,22 @@ def test_seeds_are_averaged_and_paired_with_their_own_control():
     table = format_comparison(rows)
     assert table.splitlines()[1].startswith("+ a ")
     assert table.count(" *") == 2  # of attention and total MACs
+
+
+def test_what_runs_by_the_reference_is_not_timed(tmp_path):
+    file, picture = tmp_path / "results.json", tmp_path / "pareto.svg"
+    rows = [
+        make_row("dense", 50.0, 100, [1] * 4 + [0] * 4),
+        make_row("released", 25.0, 60, [1] * 2 + [0] * 6),
+    ]
+    append_rows(file, [rows[0], {**rows[1], "keep": 0.2}])
+    dense, released = time_settings(make_dense(), Comparison("dense", timed_on="cpu"), file)
+    assert dense["costs"]["cpu"]["ms"] > 0
+    assert released["costs"] == {}
+    assert cost_of(released, "cpu") is None
+    assert format_comparison([dense, released]).count(" ms)") == 1
+    write_pareto(picture, [dense, released])
+    assert "released" in picture.read_text()
 
 
 def test_bounds_do_not_compete():

@@ -235,7 +235,8 @@ def time_settings(dense: VisionTransformer, comparison: Comparison, file: Path) 
     Time depends on the setting, not on the weights: trained rows of all seeds share it with the untrained
     one. (With one list per query lists of neighbours overlap more once a scorer has learned, so that trained
     models are a little faster on a GPU than this says.) So rows may come from machines that were busy, and be
-    timed on one that is not; times of another batch or device are measured again.
+    timed on one that is not; times of another batch or device are measured again. Methods that this package
+    computes by its reference are not timed.
 
     Returns:
         The rows, with "costs" of each place: milliseconds of a batch, those of the dense model in the same
@@ -243,7 +244,9 @@ def time_settings(dense: VisionTransformer, comparison: Comparison, file: Path) 
     """
     default = ["cuda" if torch.cuda.is_available() else "cpu"]
     places = default if comparison.timed_on is None else comparison.listed("timed_on")
-    settings = {tuple(row[name] for name in _SETTING) for row in read_rows(file)}
+    settings = {
+        tuple(row[name] for name in _SETTING) for row in read_rows(file) if METHODS[row["method"]].is_timed
+    }
     for setting, place in itertools.product(sorted(settings, key=str), places):
         own = [row for row in read_rows(file) if tuple(row[name] for name in _SETTING) == setting]
         expected = {"batch": _batch_on(place, comparison), "device": provenance(place)["device"]}
