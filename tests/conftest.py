@@ -18,6 +18,16 @@ def _seeded():
 
 
 @pytest.fixture
+def checkout():
+    """The repository; source distributions lack docs, benchmarks and configs."""
+    root = pathlib.Path(__file__).parents[1]
+    missing = [name for name in ("docs", "benchmarks", "configs") if not (root / name).is_dir()]
+    if missing:
+        pytest.skip(f"{', '.join(missing)}: not here, but in the repository")
+    return root
+
+
+@pytest.fixture
 def shared():
     """The project's shared data beside the checkout; users do not have it."""
     folder = pathlib.Path(__file__).parents[2] / "shared"

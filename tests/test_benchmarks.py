@@ -4,9 +4,12 @@ import importlib
 import pathlib
 import re
 
+import pytest
+
 from sparsifiner.layout import TokenLayout
 
 ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("checkout")
 
 
 def test_every_kernel_that_is_timed_exists(monkeypatch):

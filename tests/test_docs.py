@@ -7,11 +7,14 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 from sparsifiner.cli import bench, main
 from sparsifiner.config import config_to_dict
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
+pytestmark = pytest.mark.usefixtures("checkout")
 
 
 def test_pages_are_written_from_the_results(tmp_path):

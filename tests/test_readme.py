@@ -13,6 +13,7 @@ from sparsifiner.cli import main
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+pytestmark = pytest.mark.usefixtures("checkout")
 
 
 def blocks(language):

@@ -267,6 +267,7 @@ def test_the_command_leaves_rows_a_table_and_a_picture(capsys, tmp_path):
     assert "evit" in (tmp_path / "pareto.svg").read_text()
 
 
+@pytest.mark.usefixtures("checkout")
 @pytest.mark.parametrize("config", ["tiny_imagenet_257", "tiny_imagenet_1025"])
 def test_the_configurations_are_comparisons(config, monkeypatch):
     given = []

@@ -155,6 +155,7 @@ def test_every_configuration_builds_and_steps(config, capsys, monkeypatch, tmp_p
     assert "nothing was kept" in out
 
 
+@pytest.mark.usefixtures("checkout")
 def test_the_imagenet_recipe_is_the_papers():
     (file,) = [path for path in CONFIGS if path.stem == "deit_small_imagenet"]
     settings, paper = yaml.safe_load(file.read_text()), recipe_settings(Recipe())
