@@ -16,7 +16,7 @@ from sparsifiner.layout import TokenLayout
 from sparsifiner.ops.sparse_attention.api import attend_scored
 from sparsifiner.scorers import ListSpec, Origin, Scorer, SharedLists
 from sparsifiner.tokens.policy import attend_with_policy
-from sparsifiner.tokens.sizes import weigh_by_size
+from sparsifiner.tokens.sizes import log_sizes, weigh_by_size
 from sparsifiner.tokens.state import TokenState
 
 _HOOKS = (
@@ -132,8 +132,10 @@ class SparseAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, state: TokenState) -> Tensor:
         """Attention of q, k, v [B, H, N, d] to the keys that the scorer lists."""
         spec = self.list_spec(state.layout, None if state.positions is None else state.whole)
-        sized = (q, k, v)
-        if state.sizes is not None:
+        sized, bias = (q, k, v), None
+        if state.sizes is not None and spec is None:
+            bias = log_sizes(state.sizes, q.dtype)[:, None, None]
+        elif state.sizes is not None:
             sized = weigh_by_size(q, k, v, state.sizes, self.scale)
         connectivity = None
         if spec is not None:
@@ -148,7 +150,7 @@ class SparseAttention(nn.Module):
         if state.policy is not None:
             return attend_with_policy(q, k, v, state.policy, self.scale, connectivity, summary)
         if connectivity is None:
-            out = F.scaled_dot_product_attention(*sized, scale=self.scale)
+            out = F.scaled_dot_product_attention(*sized, attn_mask=bias, scale=self.scale)
         else:
             out = attend_scored(*sized, connectivity, summary, self.scale, self.backend)
         return out[..., : q.shape[-1]]

@@ -183,7 +183,10 @@ class LowRankScorer(Scorer):
         return Connectivity(listed, layout.grid, spec.tile, layout.prefix)
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
-        """See `Scorer.macs`: projections, k_down, coefficients and the sparse product, in this order."""
+        """See `Scorer.macs`: projections, k_down, coefficients and the sparse product, in this order.
+
+        The kernels sum the keys up before they project them, which takes somewhat fewer.
+        """
         N, rows = spec.layout.tokens, spec.rows
         reduced_dim, basis = self.query.out_features, self.up.shape[1]
         coefficients_used = basis if self.legacy else min(self.coef_topk, basis)

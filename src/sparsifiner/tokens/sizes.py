@@ -1,5 +1,6 @@
 """Proportional attention: a token that stands for many weighs as many in the softmax."""
 
+import torch
 from torch import Tensor
 
 from sparsifiner.ops.precision import accumulation_dtype
@@ -8,10 +9,15 @@ from sparsifiner.ops.precision import accumulation_dtype
 _STEP = 16
 
 
+def log_sizes(sizes: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to the logits of tokens that stand for several: log of sizes [B, N], in another dtype."""
+    return sizes.to(accumulation_dtype(dtype)).log().to(dtype)
+
+
 def weigh_by_size(
     q: Tensor, k: Tensor, v: Tensor, sizes: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes the logs of the sizes into more channels of q and k, so that any attention adds them up.
+    """Writes the logs of the sizes into more channels of q and k, so that attention to lists adds them up.
 
     Args:
         q: [B, H, N, d] queries.
@@ -30,12 +36,11 @@ def weigh_by_size(
         Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, equation 1.
     """
     d = q.shape[-1]
-    log_size = sizes.to(accumulation_dtype(k.dtype)).log().to(k.dtype)[:, None]
     # written where it belongs: padding fills all of a tensor before it copies
     wide = q.new_empty(3, *q.shape[:3], d + _STEP - d % _STEP)
     for index, x in enumerate((q, k, v)):
         wide[index, ..., :d] = x
         wide[index, ..., d:] = 0.0
     wide[0, ..., -1] = 1 / scale
-    wide[1, ..., -1] = log_size
+    wide[1, ..., -1] = log_sizes(sizes, k.dtype)[:, None]
     return wide[0], wide[1], wide[2]
