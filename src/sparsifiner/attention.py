@@ -16,7 +16,7 @@ from sparsifiner.layout import TokenLayout
 from sparsifiner.ops.sparse_attention.api import attend_scored
 from sparsifiner.scorers import ListSpec, Origin, Scorer, SharedLists
 from sparsifiner.tokens.policy import attend_with_policy
-from sparsifiner.tokens.sizes import log_sizes, weigh_by_size
+from sparsifiner.tokens.sizes import log_sizes, prefers_bias, weigh_by_size
 from sparsifiner.tokens.state import TokenState
 
 _HOOKS = (
@@ -133,7 +133,7 @@ class SparseAttention(nn.Module):
         """Attention of q, k, v [B, H, N, d] to the keys that the scorer lists."""
         spec = self.list_spec(state.layout, None if state.positions is None else state.whole)
         sized, bias = (q, k, v), None
-        if state.sizes is not None and spec is None:
+        if state.sizes is not None and spec is None and prefers_bias(q):
             bias = log_sizes(state.sizes, q.dtype)[:, None, None]
         elif state.sizes is not None:
             sized = weigh_by_size(q, k, v, state.sizes, self.scale)
