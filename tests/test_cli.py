@@ -11,9 +11,9 @@ import sys
 import pytest
 import timm
 import torch
-from torch import nn
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import sparsifiner
 from sparsifiner.cli import COMMANDS, main
