@@ -252,7 +252,7 @@ class TestBench:
     @pytest.mark.parametrize(
         "config",
         [
-            sparsifiner.SparsifyConfig(),
+            make_config("fast", scorer="pooled", profile="even"),
             sparsifiner.SparsifyConfig(keep=[0.5, 0.1], summary=None, tile=6, pool=3, scorer="impact"),
             make_config("fast", keep=0.05, share=2),
             make_config("paper", seed=3, backend="torch"),

@@ -15,11 +15,11 @@ ProfileName = Literal["even", "falling"]
 
 @dataclass(frozen=True)
 class SparsifyConfig:
-    """How every layer chooses its keys and attends to them.
+    """How every layer chooses its keys and attends to them; by default as the preset "fast".
 
     Attributes:
         keep: share of the tokens in each key list, in (0, 1]; one number, or one per layer. A layer
-            that keeps everything is dense attention.
+            whose lists and summaries would be no shorter than all keys is dense attention.
         profile: how one number is spread over the layers: "even", or "falling" as the square of the distance
             to the end, at the same mean over all queries: the first layers, whose attention is broad, list up
             to almost three times as many keys, the last ones few.
@@ -27,7 +27,7 @@ class SparsifyConfig:
             its own, as in the paper.
         summary: side in patches of the windows whose mean key and value are appended as summary
             keys; None for no summaries, as in the paper; "auto" for the largest side that gives at
-            least 48 windows.
+            least 48 windows, or 2.
         scorer: "lowrank" (learned, the paper's), "impact" (attention of the mean queries of parts of a tile,
             times the distance of a key's value from its window's mean; needs no training), "pooled"
             (tile-mean query · key, cheaper) or, to compare with, "oracle", "window", "strided", "random" or
@@ -54,10 +54,10 @@ class SparsifyConfig:
     """
 
     keep: float | Sequence[float] = 0.1
-    profile: ProfileName = "even"
+    profile: ProfileName = "falling"
     tile: int = 8
     summary: int | Literal["auto"] | None = "auto"
-    scorer: ScorerName = "pooled"
+    scorer: ScorerName = "impact"
     pool: int | None = None
     basis: int = 32
     reduced_dim: int | None = None
@@ -186,8 +186,8 @@ class SparsifyConfig:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {"scorer": "impact", "profile": "falling"},
-    "paper": {"scorer": "lowrank", "tile": 1, "summary": None, "keep": 0.25},
+    "fast": {},
+    "paper": {"scorer": "lowrank", "profile": "even", "tile": 1, "summary": None, "keep": 0.25},
 }
 
 

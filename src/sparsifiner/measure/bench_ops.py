@@ -106,6 +106,7 @@ class OpsBenchmark:
     def _config(self, keep: float) -> SparsifyConfig:
         return SparsifyConfig(
             keep=keep,
+            profile="even",
             tile=self.tile,
             summary=None if self.summary == "none" else self.summary,
             scorer=self.scorer,
