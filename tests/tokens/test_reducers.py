@@ -15,6 +15,7 @@ from sparsifiner.tokens.dynamicvit import ratio_loss
 from sparsifiner.tokens.evit import class_attention
 from sparsifiner.tokens.policy import attend_with_policy
 from sparsifiner.tokens.sizes import weigh_by_size
+from sparsifiner.tokens.state import best_of
 from tests.ops.cases import make_connectivity, make_qkv
 
 WIDTH, HEADS, HEAD_DIM = 12, 2, 6
@@ -349,6 +350,18 @@ def test_squares_whose_patches_all_stay_are_runs(grid):
                 assert places == list(range(places[0], places[0] + side**2))
                 checked += 1
     assert checked >= layout.patches
+
+
+@pytest.mark.parametrize("n", [1, 200, 512])
+def test_few_scores_that_are_sorted_give_what_is_selected(n, monkeypatch):
+    for scores in (torch.randint(0, 6, (4, n)).float(), torch.randn(4, n)):
+        scores[0], scores[1, ::2], scores[2, 1::2] = math.nan, math.inf, -math.inf
+        for count in {1, max(1, n // 2), n}:
+            expected = best_of(scores, count, "reference")
+            with monkeypatch.context() as patched:
+                patched.setattr("sparsifiner.tokens.state._SORTED_SCORES", 0)
+                for backend in ("reference", "torch", "auto"):
+                    assert torch.equal(best_of(scores, count, backend), expected)
 
 
 def test_where_a_grid_is_divided_runs_are_its_tiles():
