@@ -1,5 +1,5 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`.
-.PHONY: demo test test-gpu lint types unit sanitize lock package clean
+.PHONY: demo test test-gpu lint types unit sanitize fuzz lock package clean
 
 ready := .venv/.ready
 bin := .venv/bin
@@ -29,7 +29,11 @@ test-gpu: $(ready)
 
 # The native CPU kernels again, with checks of every address and of undefined behaviour.
 sanitize: $(ready)
-	tools/sanitize.sh
+	tools/sanitize.sh -m pytest -p no:xdist tests/test_native.py tests/ops/test_native_*.py
+
+# 10,000 random calls of the public operations, on the same checked kernels: minutes.
+fuzz: $(ready)
+	tools/sanitize.sh -m tests.stress.ops --calls 10000
 
 # Pins every requirement anew; the file carries no registry addresses.
 lock:

@@ -53,6 +53,10 @@ void attend_as(int threads, const SparsifinerAttention& a) {
     const int64_t longest = a.keys + a.windows;
     const int64_t most_weights = larger(a.prefix ? a.tokens : 0, single ? longest : 0);
 
+    const PerThread<KeyScratch> lists_of(threads, single ? QUERY_BLOCK : 1, longest, a.windows);
+    const PerThread<KeyScratch> whole_list_of(threads, 1, a.prefix ? a.tokens : 0, 0);
+    const PerThread<TileScratch> tile_scratch_of(threads, a.head_dim, single ? 0 : longest);
+    const PerThread<QueryScratch<Stored>> query_scratch_of(threads, a.head_dim, most_weights);
     for (int64_t first = 0; first < pairs; first += group) {
         const int64_t count = smaller(group, pairs - first);
         const auto place = [&](int64_t at) {
@@ -70,10 +74,9 @@ void attend_as(int threads, const SparsifinerAttention& a) {
         };
 #pragma omp parallel num_threads(threads)
         {
-            const KeyScratch lists(single ? QUERY_BLOCK : 1, longest, a.windows);
-            const KeyScratch whole_list(1, a.prefix ? a.tokens : 0, 0);
-            const TileScratch tile_scratch(a.head_dim, single ? 0 : longest);
-            const QueryScratch<Stored> query_scratch(a.head_dim, most_weights);
+            const KeyScratch &lists = lists_of.mine(), &whole_list = whole_list_of.mine();
+            const TileScratch& tile_scratch = tile_scratch_of.mine();
+            const QueryScratch<Stored>& query_scratch = query_scratch_of.mine();
 #pragma omp for schedule(static) collapse(2)
             for (int64_t at = 0; at < count; ++at)
                 for (int64_t token = 0; token < (packs ? a.tokens : 0); ++token)

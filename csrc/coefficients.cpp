@@ -116,9 +116,11 @@ void coefficients_as(int threads, const SparsifinerPredictor& p) {
     std::memset(share, 0, static_cast<std::size_t>(p.basis_size) * sizeof(float));
     for (int64_t token = 0; token < p.tokens; ++token)
         for (int64_t base = 0; base < p.basis_size; ++base) share[base] += p.down[token * p.basis_size + base];
+    const PerThread<Buffer<float>> rows_of(threads, QUERIES * p.head_dim);
+    const PerThread<Buffer<float>> logits_of(threads, QUERIES * columns);
 #pragma omp parallel num_threads(threads)
     {
-        const Buffer<float> rows(QUERIES * p.head_dim), logits(QUERIES * columns);
+        const Buffer<float>&rows = rows_of.mine(), &logits = logits_of.mine();
 #pragma omp for schedule(static) collapse(2)
         for (int64_t pair = 0; pair < pairs; ++pair)
             for (int64_t group = 0; group < groups; ++group) {

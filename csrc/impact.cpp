@@ -163,11 +163,14 @@ void select_impact_as(int threads, const SparsifinerLists& lists, const Sparsifi
             keys + at * keys_size, deviations + at * deviations_size, queries + at * queries_size,
             masses + at * a.squares};
     };
+    const PerThread<RowSelector> selectors(threads, lists);
+    const PerThread<Buffer<float>> mean_of(threads, a.head_dim), mean_keys_of(threads, a.windows * a.head_dim);
+    const PerThread<Buffer<float>> logits_of(threads, round_up(a.prefix + a.windows, LANES));
 #pragma omp parallel num_threads(threads)
     {
-        RowSelector selector(lists);
-        const Buffer<float> mean(a.head_dim), mean_keys(a.windows * a.head_dim);
-        const Buffer<float> logits(round_up(a.prefix + a.windows, LANES));
+        RowSelector& selector = selectors.mine();
+        const Buffer<float>&mean = mean_of.mine(), &mean_keys = mean_keys_of.mine();
+        const Buffer<float>& logits = logits_of.mine();
         for (int64_t first = 0; first < pairs; first += group) {
             const int64_t count = smaller(group, pairs - first);
 #pragma omp for schedule(static) collapse(2)

@@ -118,10 +118,12 @@ void select_lowrank(
     int threads, const SparsifinerLists& lists, const float* coefficients, const float* basis,
     int64_t basis_size, int64_t kept) {
     const Basis rows(lists, basis, basis_size);
+    const PerThread<RowSelector> selectors(threads, lists);
+    const PerThread<LargestTerms> finders(threads, basis_size, kept);
 #pragma omp parallel num_threads(threads)
     {
-        RowSelector selector(lists);
-        LargestTerms largest(basis_size, kept);
+        RowSelector& selector = selectors.mine();
+        LargestTerms& largest = finders.mine();
         const int64_t keys = selector.keys();
 #pragma omp for schedule(dynamic, ROWS_AT_ONCE)
         for (int64_t row = 0; row < lists.total; ++row) {

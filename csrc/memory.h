@@ -2,9 +2,13 @@
 // that two of them share would be linked from either.
 #pragma once
 
+#include <omp.h>
+
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
 #include <new>
+#include <vector>
 
 #include "sparsifiner.h"
 #include "vector.h"
@@ -33,6 +37,21 @@ class Buffer {
     Element* data_;
 };
 
+// One of each for every thread, made before they start: an exception must not leave a parallel region.
+template <class Scratch>
+class PerThread {
+   public:
+    template <class... Arguments>
+    explicit PerThread(int threads, const Arguments&... arguments) {
+        for (int thread = 0; thread < threads; ++thread)
+            of_threads_.push_back(std::make_unique<Scratch>(arguments...));
+    }
+    Scratch& mine() const { return *of_threads_[static_cast<std::size_t>(omp_get_thread_num())]; }
+
+   private:
+    std::vector<std::unique_ptr<Scratch>> of_threads_;
+};
+
 using Bfloat16 = uint16_t;
 using Halves = uint16_t __attribute__((vector_size(LANES * 2)));
 
@@ -53,7 +72,7 @@ inline void store(Bfloat16* to, Floats x) {
     std::memcpy(to, &halves, sizeof halves);
 }
 
-// Slots of a list before the empty ones, which come last.
+// Slots of a list before the empty ones at its end.
 inline int64_t filled(const int32_t* list, int64_t size) {
     while (size && list[size - 1] < 0) --size;
     return size;

@@ -274,9 +274,10 @@ void RowSelector::write(int64_t row, int64_t selected) const {
 }
 
 void select_topk(int threads, const SparsifinerLists& lists, const float* scores) {
+    const PerThread<RowSelector> selectors(threads, lists);
 #pragma omp parallel num_threads(threads)
     {
-        RowSelector selector(lists);
+        RowSelector& selector = selectors.mine();
         const int64_t keys = selector.keys();
 #pragma omp for schedule(dynamic, ROWS_AT_ONCE)
         for (int64_t row = 0; row < lists.total; ++row) {

@@ -1,6 +1,7 @@
 // The library's C interface. It knows nothing of torch, so one build serves every version of it.
 //
 // Arrays are contiguous unless strides are given. `isa` is an instruction set up to `sparsifiner_best_isa`.
+// Calls return a `SparsifinerStatus`, and where it is not DONE, what they write is undefined.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +13,13 @@
 #endif
 
 extern "C" {
+
+// Raised with every change of what is declared here, so that a library of another time is not called.
+enum { SPARSIFINER_INTERFACE = 2 };
+
+SPARSIFINER_API int32_t sparsifiner_interface();
+
+enum SparsifinerStatus : int32_t { SPARSIFINER_DONE, SPARSIFINER_NO_MEMORY, SPARSIFINER_UNKNOWN_ISA };
 
 // Instruction sets; each includes those before it.
 enum SparsifinerIsa : int32_t {
@@ -47,7 +55,7 @@ struct SparsifinerPredictor {
     float temperature;
 };
 
-SPARSIFINER_API void sparsifiner_coefficients(
+SPARSIFINER_API int32_t sparsifiner_coefficients(
     int32_t isa, int32_t threads, const SparsifinerPredictor* predictor);
 
 // Lists of the `budget` best keys of each row, exactly; the rules are those of `sparsifiner.ops.select_topk`.
@@ -63,11 +71,11 @@ struct SparsifinerLists {
 };
 
 // scores [total, N].
-SPARSIFINER_API void sparsifiner_select_topk(
+SPARSIFINER_API int32_t sparsifiner_select_topk(
     int32_t isa, int32_t threads, const SparsifinerLists* lists, const float* scores);
 
 // Scores are sums of basis rows [K, N] by the `kept` largest coefficients of each row [total, K].
-SPARSIFINER_API void sparsifiner_select_lowrank(
+SPARSIFINER_API int32_t sparsifiner_select_lowrank(
     int32_t isa, int32_t threads, const SparsifinerLists* lists, const float* coefficients, const float* basis,
     int64_t basis_size, int64_t kept);
 
@@ -85,7 +93,7 @@ struct SparsifinerImpact {
     const int32_t* window_tokens;  // [windows, window_size]
 };
 
-SPARSIFINER_API void sparsifiner_select_impact(
+SPARSIFINER_API int32_t sparsifiner_select_impact(
     int32_t isa, int32_t threads, const SparsifinerLists* lists, const SparsifinerImpact* impact);
 
 // Attention over lists and summaries; the rules are those of `sparsifiner.ops.sparse_attention`.
@@ -97,11 +105,11 @@ struct SparsifinerAttention {
     int64_t tiles, tile_size;    // lists of a head, and queries of one
     const int32_t* tile_tokens;  // [tiles, tile_size], -1 last
     int64_t keys;                // length of a list
-    const int32_t* indices;      // [B, H, tiles, keys], ascending, -1 last
+    const int32_t* indices;      // [B, H, tiles, keys], in any order; what names no token is an empty slot
     int64_t windows, window_size;  // 0 for no summaries
     const int32_t* window_tokens;  // [windows, window_size], -1 last
     const int32_t* window_of;      // [N], -1 for prefix tokens
 };
 
-SPARSIFINER_API void sparsifiner_attend(int32_t isa, int32_t threads, const SparsifinerAttention* attention);
+SPARSIFINER_API int32_t sparsifiner_attend(int32_t isa, int32_t threads, const SparsifinerAttention* attention);
 }

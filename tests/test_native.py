@@ -2,6 +2,7 @@
 
 import _ctypes
 import ctypes
+import pathlib
 import platform
 import subprocess
 import sys
@@ -72,7 +73,7 @@ class TestMissing:
 
     def test_another_library(self, load):
         load(_ctypes.__file__)
-        self.check("sparsifiner_best_isa; reinstall with pip install")
+        self.check("sparsifiner_interface; reinstall with pip install")
 
     def test_not_installed(self, load, monkeypatch):
         monkeypatch.setattr(native.sparsifiner, "__path__", ["/nowhere"])
@@ -140,3 +141,55 @@ def test_the_library_shares_torchs_openmp_threads():
     )
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert len(eval(loaded.stdout)) == 1
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no native library")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells how much memory is taken")
+def test_memory_that_is_not_there_is_an_error_and_calls_go_on():
+    program = """
+import resource, torch
+from sparsifiner import Connectivity
+from sparsifiner.ops import select_topk, sparse_attention
+torch.set_num_threads(1)
+
+def attend(side, tile):
+    q = torch.ones(1, 1, 1, 64).expand(1, 1, side**2, 64)
+    lists = torch.zeros(1, 1, (side // tile) ** 2, 1, dtype=torch.int32)
+    return sparse_attention(q, q, q, Connectivity(lists, (side, side), tile), backend="cpu")
+
+def select(tokens):
+    return select_topk(torch.ones(()).expand(1, 1, 1, tokens), 1, backend="cpu")
+
+attend(4, 1), select(64)
+before = resource.getrlimit(resource.RLIMIT_AS)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, before[1]))
+for call in (lambda: attend(1000, 100), lambda: select(10**8)):
+    try:
+        call()
+        print("finished")
+    except (MemoryError, RuntimeError) as error:
+        print(type(error).__name__, str(error)[:60])
+resource.setrlimit(resource.RLIMIT_AS, before)
+print(bool((attend(4, 1) == 1).all()), select(64).tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    first, second, after = done.stdout.splitlines()
+    assert first == "MemoryError native kernels: attend found no memory to work in; take fewe"
+    assert second.startswith(("MemoryError", "RuntimeError"))
+    assert after == "True [[[[0]]]]"
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no native library")
+def test_a_library_of_another_version_is_refused(load, monkeypatch):
+    monkeypatch.setattr(native, "INTERFACE", native.INTERFACE + 1)
+    load(native._find())
+    assert native.library() is None
+    assert (
+        f"(interface {native.INTERFACE - 1}, needed is {native.INTERFACE}); reinstall" in native.why_missing()
+    )
+
+
+def test_the_interface_is_that_of_the_header():
+    header = pathlib.Path(__file__).parents[1] / "csrc" / "sparsifiner.h"
+    assert f"enum {{ SPARSIFINER_INTERFACE = {native.INTERFACE} }};" in header.read_text()

@@ -335,7 +335,12 @@ def dense_connectivity(batch: int, heads: int, layout: TokenLayout, tile: int, l
     """Lists of all keys: what a layer that stays dense attends to."""
     every = torch.arange(layout.tokens, dtype=torch.int32, device=like.device)
     return Connectivity(
-        every.expand(batch, heads, layout.squares(tile), -1), layout.grid, tile, layout.prefix
+        every.expand(batch, heads, layout.squares(tile), -1),
+        layout.grid,
+        tile,
+        layout.prefix,
+        check=False,
+        ascending=True,
     )
 
 

@@ -1,10 +1,11 @@
 """Connectivity: for every row of queries, the keys that it attends to."""
 
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from fractions import Fraction
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from sparsifiner.layout import TokenLayout
 
@@ -45,28 +46,35 @@ class Connectivity:
     A row owns one list. Rows are patch queries: one per patch at tile 1, else one per tile of
     `tile` x `tile` patches in row-major order. Prefix queries have no row: they attend to every key.
 
+    Lists of this package ascend, -1 last. Those of others may come in any order: negative slots are empty
+    wherever they are, and a key that is named twice counts twice.
+
     Attributes:
-        indices: int32 [B, H, rows, k], raster token indices (prefix included), ascending,
-            -1 for empty slots, which come last.
+        indices: int32 [B, H, rows, k], raster token indices (prefix included), -1 for empty slots.
         grid: patches along height and width.
         tile: side of a tile in patches; 1 gives one list per query.
         prefix: number of prefix tokens before the patches.
+        ascending: whether in every list tokens ascend without repetition and empty slots come last, which
+            some kernels take less time for; None if that is still to be seen.
 
-    The entries themselves are not checked: indices outside 0..N-1 other than -1, or the same key twice in
-    one list, are undefined behaviour.
+    Args:
+        check: look for tokens that are not there, which waits for the device. Without it, and while
+            compiling, tracing or capturing, they are empty slots.
 
     Raises:
         TypeError: `indices` are not int32.
-        ValueError: the shape of `indices` does not fit the geometry.
+        ValueError: the shape of `indices` does not fit the geometry, or they name a token that is not there.
     """
 
     indices: Tensor
     grid: tuple[int, int]
     tile: int = 1
     prefix: int = 0
+    check: InitVar[bool] = True
+    ascending: bool | None = field(default=None, kw_only=True, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        """Checks shape and dtype; the entries are not read, which would wait for the device."""
+    def __post_init__(self, check: bool) -> None:
+        """Checks shape and dtype and, if asked to, the entries."""
         if self.indices.dtype != torch.int32:
             raise TypeError(
                 f"Connectivity: indices must be int32, got {self.indices.dtype}; call indices.int()"
@@ -86,6 +94,23 @@ class Connectivity:
                 f"Connectivity: a {self.grid[0]}x{self.grid[1]} grid with tile={self.tile} has {rows} rows, "
                 f"got indices with {self.indices.shape[2]}"
             )
+        if check and self.indices.numel() and _can_read(self.indices):
+            largest = int(self.indices.max())
+            if largest >= self.layout.tokens:
+                raise ValueError(
+                    f"Connectivity: indices name token {largest}, but a {self.grid[0]}x{self.grid[1]} grid "
+                    f"behind {self.prefix} prefix tokens has the tokens 0 to {self.layout.tokens - 1}; give "
+                    "these, -1 for empty slots, or check=False to take others for empty slots"
+                )
+
+    def ascends(self) -> bool:
+        """Whether the lists are known to ascend; looked up once, which waits for the device."""
+        if self.ascending is None and _can_read(self.indices):
+            before, after = self.indices[..., :-1], self.indices[..., 1:]
+            in_order = (after < 0) | ((before >= 0) & (before < after))
+            in_range = self.indices < self.layout.tokens
+            object.__setattr__(self, "ascending", bool(in_order.all() & in_range.all()))
+        return bool(self.ascending)
 
     @property
     def layout(self) -> TokenLayout:
@@ -98,21 +123,30 @@ class Connectivity:
 
     def to_mask(self) -> Tensor:
         """Dense mask, bool [B, H, N, N]: query i attends to key j; prefix rows are all true."""
+        return self.to_counts() > 0
+
+    def to_counts(self) -> Tensor:
+        """How often the list of query i names key j, int32 [B, H, N, N]; 1 in prefix rows."""
         layout, N = self.layout, self.layout.tokens
         B, H, rows, _ = self.indices.shape
         device = self.indices.device
-        slots = torch.where(self.indices >= 0, self.indices, N).long()
-        listed = torch.zeros(B, H, rows, N + 1, dtype=torch.bool, device=device).scatter_(-1, slots, True)
+        slots = torch.where(self.is_key(), self.indices, N).long()
+        named = torch.zeros(B, H, rows, N + 1, dtype=torch.int32, device=device)
+        named.scatter_add_(-1, slots, torch.ones_like(slots, dtype=torch.int32))
         patches = torch.arange(self.prefix, N, device=device)
         row_of_patch = layout.square_of_token(patches, self.tile)
-        mask = torch.ones(B, H, N, N, dtype=torch.bool, device=device)
-        mask[:, :, self.prefix :] = listed[:, :, row_of_patch, :N]
-        return mask
+        counts = torch.ones(B, H, N, N, dtype=torch.int32, device=device)
+        counts[:, :, self.prefix :] = named[:, :, row_of_patch, :N]
+        return counts
+
+    def is_key(self) -> Tensor:
+        """Which slots name a key, bool [B, H, rows, k]; the others are empty."""
+        return (self.indices >= 0) & (self.indices < self.layout.tokens)
 
     def density(self) -> float:
         """Share of the N keys that a patch query attends to one by one, averaged over its rows."""
         sizes = self.layout.square_sizes(self.tile, self.indices.device)
-        visits = (self.indices >= 0).sum(-1).double() * sizes
+        visits = self.is_key().sum(-1).double() * sizes
         rows_in_batch = self.indices.shape[0] * self.indices.shape[1]
         return float(visits.sum() / (rows_in_batch * self.layout.patches * self.layout.tokens))
 
@@ -130,4 +164,19 @@ class ScoredLists(Connectivity):
 
     def alone(self) -> Connectivity:
         """See `Connectivity.alone`."""
-        return Connectivity(self.indices, self.grid, self.tile, self.prefix)
+        return Connectivity(
+            self.indices, self.grid, self.tile, self.prefix, check=False, ascending=self.ascending
+        )
+
+
+def _can_read(entries: Tensor) -> bool:
+    """Whether entries can be looked at: not while compiling, tracing, transforming or capturing."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or get_proxy_mode() is not None
+    ):
+        return False
+    if type(entries) is not Tensor or entries.is_meta or torch._C._functorch.is_batchedtensor(entries):
+        return False
+    return not (entries.is_cuda and torch.cuda.is_current_stream_capturing())

@@ -178,15 +178,6 @@ def test_forward_mode_gradients_are_not_lost_in_silence():
             sparse_attention(dual, k, v, connectivity, 2, backend="cpu")
 
 
-def test_lists_that_repeat_keys_or_name_none_are_survived():
-    # undefined by contract, but never read or written out of bounds
-    q, k, v = make_qkv(TokenLayout((4, 4), 1))
-    for tile, rows in ((1, 16), (2, 4)):
-        lists = torch.tensor([[1, 1, 1, 1, 99, 10**6]], dtype=torch.int32).expand(1, 2, rows, 6)
-        connectivity = Connectivity(lists, (4, 4), tile, 1)
-        assert torch.isfinite(sparse_attention(q, k, v, connectivity, 2, backend="cpu")).all()
-
-
 def test_operator():
     layout = TokenLayout((4, 6), 1)
     inputs = make_qkv(layout)

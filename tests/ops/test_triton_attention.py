@@ -269,7 +269,9 @@ def test_operator():
     indices = make_connectivity(layout, 0.3, 2, 2, heads=1, device=DEVICE).indices
     means = torch.randn(2, 1, 1, 6, inputs[0].shape[-1], device=DEVICE)
     for given in (None, means):
-        torch.library.opcheck(torch.ops.sparsifiner.attend, (*inputs, indices, given, 4, 6, 1, 2, 2, 0.25))
+        torch.library.opcheck(
+            torch.ops.sparsifiner.attend, (*inputs, indices, True, given, 4, 6, 1, 2, 2, 0.25)
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -281,10 +283,10 @@ def test_given_means_are_those_that_would_be_computed(dtype):
     means = torch.stack([layout.square_means(x[:, :, 2:].float(), 2) for x in inputs[1:]]).to(dtype)
     computed = forward_and_gradients("triton", inputs, connectivity, 2, upstream)
     fields = (connectivity.indices, connectivity.grid, connectivity.tile, connectivity.prefix)
-    given = forward_and_gradients("triton", inputs, ScoredLists(*fields, means), 2, upstream)
+    given = forward_and_gradients("triton", inputs, ScoredLists(*fields, window_means=means), 2, upstream)
     for one, other in zip(computed, given, strict=True):
         torch.testing.assert_close(one, other)
-    others = ScoredLists(*fields, means + 1)
+    others = ScoredLists(*fields, window_means=means + 1)
     other = forward_and_gradients("triton", inputs, others, 2, upstream)
     assert not torch.allclose(computed[0], other[0], atol=1e-2)  # they are what is attended to
     without = forward_and_gradients("triton", inputs, others, None, upstream)

@@ -63,7 +63,7 @@ def check_operation(
     """
     q, k, v = inputs
     connectivity = scorer(q, k, v, spec)
-    last = Connectivity(connectivity.indices[-1:, -1:], spec.layout.grid, spec.tile, spec.layout.prefix)
+    last = spec.connectivity(connectivity.indices[-1:, -1:])
     # of all heads, since patterns differ from head to head
     expected = scorer(q[-1:], k[-1:], v[-1:], replace(spec, backend="reference")).indices[:, -1:]
     where = f"N={spec.layout.tokens}, {str(q.dtype).removeprefix('torch.')}; nothing was timed"

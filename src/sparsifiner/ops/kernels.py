@@ -5,9 +5,9 @@ import contextlib
 import torch
 from torch import Tensor
 
+from sparsifiner.ops import native
+
 LARGEST_HEAD_DIM = 128
-# Head dims of the native kernels: whole vectors of the widest instruction set.
-CPU_HEAD_DIM_STEP = 16
 # Batch elements times heads: they take the second axis of a launch.
 LARGEST_PAIRS = 65_535
 
@@ -26,10 +26,10 @@ def why_no_kernel(backend: str, q: Tensor) -> str:
 
 
 def _why_no_cpu_kernel(q: Tensor) -> str:
-    if q.dtype not in {torch.float32, torch.bfloat16}:
+    if q.dtype not in native.DTYPES:
         return f"takes fp32 and bf16, got {str(q.dtype).removeprefix('torch.')}"
-    if q.shape[-1] % CPU_HEAD_DIM_STEP or not q.shape[-1]:
-        return f"takes head dims that are multiples of {CPU_HEAD_DIM_STEP}, got {q.shape[-1]}"
+    if q.shape[-1] % native.HEAD_DIM_STEP or not q.shape[-1]:
+        return f"takes head dims that are multiples of {native.HEAD_DIM_STEP}, got {q.shape[-1]}"
     return ""
 
 

@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # torch comes first: the library then shares the OpenMP threads that torch has loaded
 import torch
@@ -17,6 +18,8 @@ import sparsifiner
 
 LIBRARY_VARIABLE = "SPARSIFINER_LIBRARY"
 ISA_VARIABLE = "SPARSIFINER_ISA"
+# as in csrc/sparsifiner.h
+INTERFACE = 2
 _FILE = "_native.so"
 _REINSTALL = "pip install --force-reinstall --no-deps ."
 
@@ -30,6 +33,14 @@ class Isa(enum.IntEnum):
     AVX512_BF16 = 3
 
 
+class Status(enum.IntEnum):
+    """`SparsifinerStatus`: how a call ended."""
+
+    DONE = 0
+    NO_MEMORY = 1
+    UNKNOWN_ISA = 2
+
+
 class Dtype(enum.IntEnum):
     """Element types of q, k, v and out."""
 
@@ -37,6 +48,8 @@ class Dtype(enum.IntEnum):
     BF16 = 1
 
 
+# Rows are whole vectors of the widest instruction set.
+HEAD_DIM_STEP = 16
 DTYPES = {torch.float32: Dtype.FP32, torch.bfloat16: Dtype.BF16}
 
 
@@ -143,26 +156,71 @@ class Attention(ctypes.Structure):
     )
 
 
-def tensor_of(x: Tensor) -> NativeTensor:
-    """[B, H, N, d] with contiguous rows, as C knows it."""
+def address_of(name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> int:
+    """Where a contiguous tensor begins.
+
+    Args:
+        name: what an error calls it.
+        x: the tensor.
+        dtype: that C takes it for.
+        *shape: that C takes it for.
+
+    Raises:
+        ValueError: it is another tensor than C would take it for.
+    """
+    _check(name, x, dtype, shape)
+    if not x.is_contiguous():
+        raise ValueError(f"native kernels: {name} must be contiguous, got strides {x.stride()}")
+    return x.data_ptr()
+
+
+def tensor_of(name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> NativeTensor:
+    """[B, H, N, d] of any strides with contiguous rows, as C knows it; see `address_of`."""
+    _check(name, x, dtype, shape)
+    if dtype not in DTYPES or shape[-1] % HEAD_DIM_STEP or x.stride(-1) != 1:
+        raise ValueError(
+            f"native kernels: {name} must be fp32 or bf16 with contiguous rows of a multiple of "
+            f"{HEAD_DIM_STEP} numbers, got {dtype} {list(shape)} with strides {x.stride()}"
+        )
     return NativeTensor(x.data_ptr(), *x.stride()[:3])
 
 
-def library() -> ctypes.CDLL | None:
-    """The library, None where it is missing; `why_missing` says why. It is looked for once."""
-    return _load()[0]
+def _check(name: str, x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if x.device.type != "cpu" or x.layout != torch.strided or x.dtype != dtype or x.shape != shape:
+        raise ValueError(
+            f"native kernels: {name} must be {dtype} {list(shape)} on the CPU, "
+            f"got {x.dtype} {list(x.shape)} on {x.device}"
+        )
 
 
-def ready() -> tuple[ctypes.CDLL, Isa]:
-    """The library and the instruction set to use.
+def call(function: str, *arguments: Any) -> None:
+    """Calls a function of the library with the best instruction set and as many threads as torch has.
+
+    Args:
+        function: its name without "sparsifiner_".
+        *arguments: behind these two; structures are passed by reference.
 
     Raises:
+        MemoryError: the kernel did not get the memory that it works in; what it writes is undefined.
         RuntimeError: native kernels do not run here; exported programs may be asked to all the same.
     """
     native = library()
     if native is None or why_not():
         raise RuntimeError(why_not())
-    return native, best_isa()
+    by_reference = (ctypes.byref(each) if isinstance(each, ctypes.Structure) else each for each in arguments)
+    status = getattr(native, f"sparsifiner_{function}")(best_isa(), torch.get_num_threads(), *by_reference)
+    if status == Status.NO_MEMORY:
+        raise MemoryError(
+            f"native kernels: {function} found no memory to work in; take fewer images at a time, or "
+            "backend='torch'"
+        )
+    if status != Status.DONE:
+        raise RuntimeError(f"native kernels: {function} ended with {Status(status).name}; {_REINSTALL}")
+
+
+def library() -> ctypes.CDLL | None:
+    """The library, None where it is missing; `why_missing` says why. It is looked for once."""
+    return _load()[0]
 
 
 def why_missing() -> str:
@@ -225,6 +283,11 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         _declare(native)
     except (OSError, AttributeError) as error:  # AttributeError: a function is not in the library
         return None, f"native CPU kernels cannot be loaded from {file}: {error}; reinstall with {_REINSTALL}"
+    if native.sparsifiner_interface() != INTERFACE:
+        return None, (
+            f"native CPU kernels in {file} are of another version (interface "
+            f"{native.sparsifiner_interface()}, needed is {INTERFACE}); reinstall with {_REINSTALL}"
+        )
     return native, ""
 
 
@@ -255,9 +318,11 @@ def _declare(native: ctypes.CDLL) -> None:
         function.restype, function.argtypes = result, arguments  # type: ignore[attr-defined]
 
     lists, pointer, size = ctypes.POINTER(Lists), ctypes.c_void_p, ctypes.c_int64
+    declare(native.sparsifiner_interface, ctypes.c_int32)
     declare(native.sparsifiner_best_isa, ctypes.c_int32)
-    declare(native.sparsifiner_coefficients, None, *call, ctypes.POINTER(Predictor))
-    declare(native.sparsifiner_select_topk, None, *call, lists, pointer)
-    declare(native.sparsifiner_select_lowrank, None, *call, lists, pointer, pointer, size, size)
-    declare(native.sparsifiner_select_impact, None, *call, lists, ctypes.POINTER(Impact))
-    declare(native.sparsifiner_attend, None, *call, ctypes.POINTER(Attention))
+    status = ctypes.c_int32
+    declare(native.sparsifiner_coefficients, status, *call, ctypes.POINTER(Predictor))
+    declare(native.sparsifiner_select_topk, status, *call, lists, pointer)
+    declare(native.sparsifiner_select_lowrank, status, *call, lists, pointer, pointer, size, size)
+    declare(native.sparsifiner_select_impact, status, *call, lists, ctypes.POINTER(Impact))
+    declare(native.sparsifiner_attend, status, *call, ctypes.POINTER(Attention))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsifiner.config import SparsifyConfig
-from sparsifiner.connectivity import Connectivity
+from sparsifiner.connectivity import Connectivity, ScoredLists
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import select_topk
 from sparsifiner.ops.backend import resolve_backend
@@ -66,6 +66,13 @@ class ListSpec:
     def rows(self) -> int:
         """Number of lists per head."""
         return self.layout.squares(self.tile)
+
+    def connectivity(self, indices: Tensor, window_means: Tensor | None = None) -> Connectivity:
+        """Lists as `select_topk` gives, with the window means that were computed beside them, if any."""
+        geometry = (indices, self.layout.grid, self.tile, self.layout.prefix)
+        if window_means is None:
+            return Connectivity(*geometry, check=False, ascending=True)
+        return ScoredLists(*geometry, check=False, ascending=True, window_means=window_means)
 
 
 class Scorer(nn.Module):
@@ -178,7 +185,7 @@ class Scorer(nn.Module):
                 for start in range(0, spec.rows, chunk)
             ]
         indices = torch.cat(lists, 2).expand(B, H, -1, -1)
-        return Connectivity(indices, spec.layout.grid, spec.tile, spec.layout.prefix)
+        return spec.connectivity(indices)
 
 
 def _only(scores: RowScores, present: Tensor) -> RowScores:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsifiner.config import SparsifyConfig
-from sparsifiner.connectivity import Connectivity, ScoredLists
+from sparsifiner.connectivity import Connectivity
 from sparsifiner.ops.kernels import why_no_kernel
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.ops.select import operators
@@ -123,7 +123,7 @@ class ImpactScorer(Scorer):
             listed = operators.select_impact_cpu(q, k, v, *geometry, *sizes)
         # without summaries nobody asks for the mean of all patches
         means = None if spec.summary is None else means
-        return ScoredLists(listed, layout.grid, spec.tile, layout.prefix, means)
+        return spec.connectivity(listed, means)
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """See `Scorer.macs`: products of mean queries with all keys, and with prefix and windows for Z."""

@@ -97,8 +97,10 @@ class LowRankScorer(Scorer):
         """
         accurate = accumulation_dtype(q.dtype)
         query = layout.square_means(q[:, :, layout.prefix :].to(accurate), tile)
-        reduced_query = F.linear(query, self.query.weight.to(accurate), self.query.bias.to(accurate))
-        reduced_key = F.linear(k.to(accurate), self.key.weight.to(accurate), self.key.bias.to(accurate))
+        projections = (each.to(accurate) for each in self._projections(q))
+        query_weight, query_bias, key_weight, key_bias = projections
+        reduced_query = F.linear(query, query_weight, query_bias)
+        reduced_key = F.linear(k.to(accurate), key_weight, key_bias)
         if origin is None:
             down = self._resampled_down(layout).to(accurate)
         else:
@@ -172,15 +174,14 @@ class LowRankScorer(Scorer):
                 return None
             if self.query.out_features > operators.LARGEST_REDUCED_DIM:
                 return None
-        projections = (self.query.weight, self.query.bias, self.key.weight, self.key.bias)
         basis = self.basis(layout).mT
-        weights = (*projections, self._resampled_down(layout), basis)
+        weights = (*self._projections(q), self._resampled_down(layout), basis)
         kept = min(self.coef_topk, basis.shape[0])
         geometry = (*layout.grid, layout.prefix, spec.tile)
         sizes = (self.temperature, kept, spec.budget, spec.forced)
         select = operators.select_lowrank if backend == "triton" else operators.select_lowrank_cpu
         listed: Tensor = select(q, k, *weights, *geometry, *sizes)
-        return Connectivity(listed, layout.grid, spec.tile, layout.prefix)
+        return spec.connectivity(listed)
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """See `Scorer.macs`: projections, k_down, coefficients and the sparse product, in this order.
@@ -204,12 +205,16 @@ class LowRankScorer(Scorer):
         if not self.legacy:
             return super().forward(q, k, v, spec)
         indices = self.scores(q, k, v, spec).topk(spec.budget, -1).indices.sort(-1).values.int()
-        return Connectivity(indices, spec.layout.grid, spec.tile, spec.layout.prefix)
+        return spec.connectivity(indices)
 
     def extra_repr(self) -> str:
         """Sizes and thresholds."""
         tokens, basis = self.up.shape
         return f"tokens={tokens}, basis={basis}, coef_topk={self.coef_topk}, legacy={self.legacy}"
+
+    def _projections(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """W_q, b_q, W_k and b_k, where queries [B, H, N, d] are."""
+        return *_affine_map(self.query, q), *_affine_map(self.key, q)
 
     def _largest_coefficients(
         self, q: Tensor, k: Tensor, layout: TokenLayout, tile: int, origin: Origin | None = None
@@ -245,6 +250,21 @@ class LowRankScorer(Scorer):
         )
         assert isinstance(resampled, Tensor)
         return resampled.squeeze(0)
+
+
+def _affine_map(projection: nn.Module, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight [c, d] and bias [c] that a projection applies, which need not be those that it holds.
+
+    Weights may lie elsewhere until the projection is called (offloaded), be no plain tensors (quantised), or
+    only be part of what is applied (parametrised, low-rank adapters): what it makes of the axes tells.
+    """
+    weight: Any = projection.weight
+    if type(projection) is nn.Linear and type(weight) in {Tensor, nn.Parameter} and weight.device == q.device:
+        return projection.weight, projection.bias
+    dtype = weight.dtype if isinstance(weight, Tensor) else torch.float32
+    origin_and_axes = torch.eye(q.shape[-1] + 1, q.shape[-1], dtype=dtype, device=q.device).roll(1, 0)
+    applied: Tensor = projection(origin_and_axes)
+    return (applied[1:] - applied[0]).mT, applied[0]
 
 
 def _adopt_native_size(

@@ -33,7 +33,7 @@ class PooledScorer(Scorer):
         layout = spec.layout
         geometry = (*layout.grid, layout.prefix, spec.tile)
         listed: Tensor = operators.select_pooled(q, k, *geometry, spec.budget, spec.forced)
-        return Connectivity(listed, layout.grid, spec.tile, layout.prefix)
+        return spec.connectivity(listed)
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """See `Scorer.macs`."""

@@ -1,6 +1,5 @@
 """Selection by the native library: one call of its C functions."""
 
-import ctypes
 import functools
 
 import torch
@@ -24,8 +23,7 @@ def select_topk(scores: Tensor, budget: int, forced: int, own: Tensor) -> Tensor
     """
     scores = scores.float().contiguous()
     indices, lists, own = _lists(scores.shape, scores.shape[-1], budget, forced, own)
-    library, isa = native.ready()
-    library.sparsifiner_select_topk(isa, torch.get_num_threads(), ctypes.byref(lists), scores.data_ptr())
+    native.call("select_topk", lists, native.address_of("scores", scores, torch.float32, *scores.shape))
     return indices
 
 
@@ -60,15 +58,24 @@ def lowrank_coefficients(
     coefficients = torch.empty(B, H, rows, K, dtype=torch.float32, device="cpu")
     if not coefficients.numel():
         return coefficients
-    given = (down, query_weight, query_bias, key_weight, key_bias)
-    weights = [each.float().contiguous() for each in given]  # held until the call has ended
+    c = query_weight.shape[0]
+    given = (
+        ("down", down, (N, K)),
+        ("query_weight", query_weight, (c, d)),
+        ("query_bias", query_bias, (c,)),
+        ("key_weight", key_weight, (c, d)),
+        ("key_bias", key_bias, (c,)),
+    )
+    # held until the call has ended
+    weights = [(name, weight.float().contiguous(), shape) for name, weight, shape in given]
     predictor = native.Predictor(
-        *(native.tensor_of(q), native.tensor_of(k), native.DTYPES[q.dtype], native.DTYPES[k.dtype]),
-        *(B, H, rows, N, d, K, query_weight.shape[0], *(each.data_ptr() for each in weights)),
+        native.tensor_of("q", q, q.dtype, B, H, rows, d),
+        native.tensor_of("k", k, k.dtype, B, H, N, d),
+        *(native.DTYPES[q.dtype], native.DTYPES[k.dtype], B, H, rows, N, d, K, c),
+        *(native.address_of(name, weight, torch.float32, *shape) for name, weight, shape in weights),
         *(coefficients.data_ptr(), temperature),
     )
-    library, isa = native.ready()
-    library.sparsifiner_coefficients(isa, torch.get_num_threads(), ctypes.byref(predictor))
+    native.call("coefficients", predictor)
     return coefficients
 
 
@@ -146,14 +153,14 @@ def select_impact(
         return indices
     square_tokens, windows = _own_tokens(layout, pool), _own_tokens(layout, summary)
     tile_squares = _tile_squares(layout, tile, pool)
+    named = {"q": q, "k": k, "v": v}
     impact = native.Impact(
-        *(native.tensor_of(x) for x in (q, k, v)),
+        *(native.tensor_of(name, x, q.dtype, B, H, layout.tokens, d) for name, x in named.items()),
         *(native.DTYPES[q.dtype], scale, B, H, N, d, layout.prefix),
         *(*square_tokens.shape, square_tokens.data_ptr(), tile_squares.shape[1], tile_squares.data_ptr()),
         *(*windows.shape, windows.data_ptr()),
     )
-    library, isa = native.ready()
-    library.sparsifiner_select_impact(isa, torch.get_num_threads(), ctypes.byref(lists), ctypes.byref(impact))
+    native.call("select_impact", lists, impact)
     return indices
 
 
@@ -190,10 +197,11 @@ def select_lowrank(
         )
     coefficients, basis = coefficients.float().contiguous(), basis.float().contiguous()
     indices, lists, own = _lists(coefficients.shape, basis.shape[1], budget, forced, own)
-    library, isa = native.ready()
-    library.sparsifiner_select_lowrank(
-        *(isa, torch.get_num_threads(), ctypes.byref(lists)),
-        *(coefficients.data_ptr(), basis.data_ptr(), basis.shape[0], kept),
+    native.call(
+        *("select_lowrank", lists),
+        native.address_of("coefficients", coefficients, torch.float32, *coefficients.shape),
+        native.address_of("basis", basis, torch.float32, *basis.shape),
+        *(basis.shape[0], kept),
     )
     return indices
 
@@ -201,9 +209,16 @@ def select_lowrank(
 def _lists(
     shape: torch.Size, tokens: int, budget: int, forced: int, own: Tensor
 ) -> tuple[Tensor, native.Lists, Tensor]:
-    """Empty lists for rows [B, H, rows], as torch and as C know them, and `own` as C reads it."""
+    """Empty lists for rows [B, H, rows], as torch and as C know them, and `own` as C reads it.
+
+    Raises:
+        ValueError: the sizes do not go together.
+    """
     B, H, rows = shape[:3]
+    if not 0 <= forced <= budget <= tokens:
+        raise ValueError(f"native kernels: need forced={forced} <= budget={budget} <= tokens={tokens}")
     indices = torch.empty(B, H, rows, budget, dtype=torch.int32, device="cpu")
     own = own.int().contiguous()
     sizes = (B * H * rows, rows, tokens, budget, forced, own.shape[1])
-    return indices, native.Lists(*sizes, own.data_ptr(), indices.data_ptr()), own
+    own_address = native.address_of("own", own, torch.int32, rows, own.shape[1])
+    return indices, native.Lists(*sizes, own_address, indices.data_ptr()), own

@@ -44,6 +44,21 @@ class LowRankWeights(NamedTuple):
     down: Tensor
     basis: Tensor
 
+    def check(self, q: Tensor) -> None:
+        """Refuses weights that kernels would read beyond, or on another device than queries [B, H, N, d].
+
+        Raises:
+            ValueError: a shape or device does not fit.
+        """
+        (N, d), c, K = q.shape[2:], self.query_weight.shape[0], self.down.shape[-1]
+        shapes = ((c, d), (c,), (c, d), (c,), (N, K), (K, N))
+        for name, weight, shape in zip(self._fields, self, shapes, strict=True):
+            if weight.shape != shape or weight.device != q.device:
+                raise ValueError(
+                    f"select_lowrank: {name} must be {list(shape)} on {q.device}, "
+                    f"got {list(weight.shape)} on {weight.device}"
+                )
+
 
 def select_lowrank(
     q: Tensor,
@@ -76,6 +91,7 @@ def select_lowrank(
         int32 [B, H, rows, budget], ascending, -1 last.
     """
     B, H, N, _ = q.shape
+    weights.check(q)
     coefficients = lowrank_coefficients(q, k, weights, layout, tile, temperature)
     K, rows = coefficients.shape[-1], layout.squares(tile)
     own = OwnTokens(layout=layout, side=tile)

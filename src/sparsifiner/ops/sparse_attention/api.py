@@ -84,6 +84,33 @@ def _attend(
     scale: float | None,
     backend: str,
 ) -> Tensor:
+    _check(q, k, v, connectivity, summary)
+    if not connectivity.indices.shape[-1]:  # no backend has to know lists without a slot
+        empty = F.pad(connectivity.indices, (0, 1), value=-1)
+        connectivity = replace(connectivity, indices=empty, check=False, ascending=True)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = resolve_backend(backend, "sparse_attention", q.device, _why_not(q, connectivity, summary))
+    if chosen == "cpu" and _wants_gradients(q, k, v):
+        if not torch.compiler.is_compiling():  # compiled code cannot log
+            _say_torch_has_the_gradients()
+        chosen = "torch"
+    with without_autocast(q.device):
+        if chosen == "reference":
+            return reference.sparse_attention(q, k, v, connectivity, summary, scale)
+        if chosen == "torch":
+            return torch_backend.sparse_attention(q, k, v, connectivity, summary, scale)
+        geometry = (*connectivity.grid, connectivity.prefix, connectivity.tile, summary or 0)
+        if chosen == "cpu":
+            native: Tensor = operators.attend_cpu(q, k, v, connectivity.indices, *geometry, scale)
+            return native
+        if scale < 0:  # kernels take the largest product for that of the largest logit
+            q, scale = -q, -scale
+        lists = (connectivity.indices, connectivity.ascends())
+        out: Tensor = operators.attend(q, k, v, *lists, window_means, *geometry, scale)[0]
+        return out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, summary: int | None) -> None:
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise TypeError(
             "sparse_attention: q, k and v must share one floating dtype, "
@@ -106,31 +133,16 @@ def _attend(
             f"sparse_attention: connectivity.indices are for [B, H] = "
             f"{tuple(connectivity.indices.shape[:2])}, q has {tuple(q.shape[:2])}"
         )
+    devices = {x.device for x in (q, k, v, connectivity.indices)}
+    if len(devices) > 1:
+        raise ValueError(
+            "sparse_attention: q, k, v and connectivity.indices must be on one device, "
+            f"got {', '.join(sorted(map(str, devices)))}"
+        )
     if summary is not None and (not isinstance(summary, int) or summary < 1):
         raise ValueError(
             f"sparse_attention: summary must be a window side of at least 1 patch or None, got {summary!r}"
         )
-    if not connectivity.indices.shape[-1]:  # no backend has to know lists without a slot
-        connectivity = replace(connectivity, indices=F.pad(connectivity.indices, (0, 1), value=-1))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = resolve_backend(backend, "sparse_attention", q.device, _why_not(q, connectivity, summary))
-    if chosen == "cpu" and _wants_gradients(q, k, v):
-        if not torch.compiler.is_compiling():  # compiled code cannot log
-            _say_torch_has_the_gradients()
-        chosen = "torch"
-    with without_autocast(q.device):
-        if chosen == "reference":
-            return reference.sparse_attention(q, k, v, connectivity, summary, scale)
-        if chosen == "torch":
-            return torch_backend.sparse_attention(q, k, v, connectivity, summary, scale)
-        geometry = (*connectivity.grid, connectivity.prefix, connectivity.tile, summary or 0)
-        if chosen == "cpu":
-            native: Tensor = operators.attend_cpu(q, k, v, connectivity.indices, *geometry, scale)
-            return native
-        if scale < 0:  # kernels take the largest product for that of the largest logit
-            q, scale = -q, -scale
-        out: Tensor = operators.attend(q, k, v, connectivity.indices, window_means, *geometry, scale)[0]
-        return out
 
 
 def _wants_gradients(*inputs: Tensor) -> bool:

@@ -1,6 +1,5 @@
 """Sparse attention by the native library: one call of its C function."""
 
-import ctypes
 import functools
 
 import torch
@@ -40,19 +39,21 @@ def attend(
     """
     B, H, N, d = q.shape
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    indices = indices.int().contiguous()
+    indices = indices.contiguous()
     out = torch.empty(B, N, H, d, dtype=q.dtype, device="cpu").transpose(1, 2)
     if not out.numel():
         return out
     tile_tokens, window_tokens, window_of = _tables(layout, tile, summary)
+    shape, tiles, keys = (B, H, layout.tokens, d), len(tile_tokens), indices.shape[-1]
+    named = {"q": q, "k": k, "v": v, "out": out}
     attention = native.Attention(
-        *(native.tensor_of(x) for x in (q, k, v, out)),
-        *(native.DTYPES[q.dtype], scale, B, H, N, d, layout.prefix),
-        *(*tile_tokens.shape, tile_tokens.data_ptr(), indices.shape[-1], indices.data_ptr()),
+        *(native.tensor_of(name, x, q.dtype, *shape) for name, x in named.items()),
+        *(native.DTYPES[q.dtype], scale, *shape, layout.prefix),
+        *(*tile_tokens.shape, tile_tokens.data_ptr()),
+        *(keys, native.address_of("indices", indices, torch.int32, B, H, tiles, keys)),
         *(*window_tokens.shape, window_tokens.data_ptr(), window_of.data_ptr()),
     )
-    library, isa = native.ready()
-    library.sparsifiner_attend(isa, torch.get_num_threads(), ctypes.byref(attention))
+    native.call("attend", attention)
     return out
 
 

@@ -21,7 +21,7 @@ def sparse_attention(
         q: [B, H, N, d], as are `k` and `v`.
         k: keys.
         v: values.
-        connectivity: the key lists, one per query.
+        connectivity: the key lists, one per query, without repeated keys.
         summary: side of the windows in patches, or None.
         scale: factor of the logits.
 
@@ -29,6 +29,7 @@ def sparse_attention(
         [B, H, N, d] in the dtype of `q`.
     """
     assert connectivity.tile == 1
+    assert connectivity.ascends()  # a mask cannot count keys that are named twice
     layout, indices, prefix = connectivity.layout, connectivity.indices, connectivity.prefix
     N = layout.tokens
     key, value, windows = k, v, 0
@@ -39,16 +40,16 @@ def sparse_attention(
     # one column beyond the keys takes the empty slots
     width = -(-(N + windows + 1) // _ALIGNMENT) * _ALIGNMENT
     bias = torch.full((*q.shape[:3], width), -torch.inf, dtype=q.dtype, device=q.device)
-    slots = torch.where(indices >= 0, indices, width - 1).long()
+    slots = torch.where(connectivity.is_key(), indices, width - 1).long()
     bias[:, :, prefix:].scatter_(-1, slots, 0.0)
     bias[:, :, :prefix, :N] = 0.0
     if summary is not None:
-        unselected = unselected_per_window(indices, layout, summary).to(accumulation_dtype(q.dtype))
+        unselected = unselected_per_window(connectivity, summary).to(accumulation_dtype(q.dtype))
         bias[:, :, prefix:, N : N + windows] = unselected.log().to(q.dtype)
     if summary is not None:
         return F.scaled_dot_product_attention(q, key, value, attn_mask=bias[..., : N + windows], scale=scale)
     # a query without any key attends to key 0, and its result counts nothing
-    keyless = indices[..., :1] < 0
+    keyless = ~connectivity.is_key()[..., :1]
     bias[:, :, prefix:, :1].masked_fill_(keyless, 0.0)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[..., :N], scale=scale)
     return out.masked_fill(F.pad(keyless, (0, 0, prefix, 0)), 0.0)

@@ -24,6 +24,7 @@ def attend(
     k: Tensor,
     v: Tensor,
     indices: Tensor,
+    ascending: bool,
     means: Tensor | None,
     grid_height: int,
     grid_width: int,
@@ -34,9 +35,10 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention over lists and summaries (side 0 for none): the result and what its backward needs.
 
-    Means of keys and values over the windows [2, B, H, windows, d] are taken as they are, or computed.
+    `ascending` tells that lists ascend, as for `Connectivity`. Means of keys and values over the windows
+    [2, B, H, windows, d] are taken as they are, or computed.
     """
-    problem = _problem(grid_height, grid_width, prefix, tile, summary, scale)
+    problem = _problem(grid_height, grid_width, prefix, tile, summary, scale, ascending)
     with device_of(q):
         return triton_backend.attend(q, k, v, indices, means, problem)
 
@@ -47,6 +49,7 @@ def _(
     k: Tensor,
     v: Tensor,
     indices: Tensor,
+    ascending: bool,
     means: Tensor | None,
     grid_height: int,
     grid_width: int,
@@ -56,7 +59,7 @@ def _(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, H, N, d = q.shape
-    problem = _problem(grid_height, grid_width, prefix, tile, summary, scale)
+    problem = _problem(grid_height, grid_width, prefix, tile, summary, scale, ascending)
     return (
         q.new_empty(B, N, H, d).transpose(1, 2),
         q.new_empty(B, H, N, dtype=torch.float32),
@@ -72,6 +75,7 @@ def attend_backward(
     k: Tensor,
     v: Tensor,
     indices: Tensor,
+    ascending: bool,
     out: Tensor,
     log_weight: Tensor,
     means: Tensor,
@@ -87,7 +91,7 @@ def attend_backward(
     with device_of(q):
         return triton_backend.attend_backward(
             *(d_out, q, k, v, indices, (out, log_weight, means, missing)),
-            _problem(grid_height, grid_width, prefix, tile, summary, scale),
+            _problem(grid_height, grid_width, prefix, tile, summary, scale, ascending),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
 
@@ -124,7 +128,7 @@ def _(q: Tensor, *unused: Any) -> Tensor:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, indices, means, *problem = inputs
+    q, k, v, indices, ctx.ascending, means, *problem = inputs
     out, log_weight, computed, missing = output
     ctx.save_for_backward(q, k, v, indices, out, log_weight, computed if means is None else means, missing)
     ctx.problem = problem
@@ -133,10 +137,12 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward(ctx: Any, d_out: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
-    without_gradient = (None,) * (2 + len(ctx.problem))
+    without_gradient = (None,) * (3 + len(ctx.problem))
     if d_out is None:
         return (None, None, None, *without_gradient)
-    return (*attend_backward(d_out, *ctx.saved_tensors, *ctx.problem), *without_gradient)
+    q, k, v, indices, *saved = ctx.saved_tensors
+    gradients = attend_backward(d_out, q, k, v, indices, ctx.ascending, *saved, *ctx.problem)
+    return (*gradients, *without_gradient)
 
 
 attend.register_autograd(_backward, setup_context=_save_for_backward)
@@ -156,7 +162,14 @@ def _attend_flops(
 
 @register_flop_formula(torch.ops.sparsifiner.attend)
 def _(
-    q: torch.Size, k: torch.Size, v: torch.Size, indices: torch.Size, means: Any, *problem: Any, **unused: Any
+    q: torch.Size,
+    k: torch.Size,
+    v: torch.Size,
+    indices: torch.Size,
+    ascending: bool,
+    means: Any,
+    *problem: Any,
+    **unused: Any,
 ) -> int:
     return _attend_flops(q, k, v, indices, *problem)
 
@@ -176,11 +189,11 @@ def _(
     *rest: Any,
     **unused: Any,
 ) -> int:
-    return _attend_flops(q, k, v, indices, *rest[4:], products=5)
+    return _attend_flops(q, k, v, indices, *rest[5:], products=5)
 
 
 def _problem(
-    grid_height: int, grid_width: int, prefix: int, tile: int, summary: int, scale: float
+    grid_height: int, grid_width: int, prefix: int, tile: int, summary: int, scale: float, ascending: bool
 ) -> "triton_backend.Problem":
     layout = TokenLayout((grid_height, grid_width), prefix)
-    return triton_backend.Problem(layout, tile, summary, scale)
+    return triton_backend.Problem(layout, tile, summary, scale, ascending)

@@ -13,11 +13,11 @@ def sparse_attention(
     """Every query attends to its listed keys and to one summary key per window.
 
     ```
-    M[i, j]    = key j is in the list of query i      (all true for prefix queries)
-    U[i, w]    = number of tokens j in window w with not M[i, j]
+    c[i, j]    = how often the list of query i names key j   (1 for prefix queries)
+    U[i, w]    = number of tokens j in window w with c[i, j] = 0
     K̄[w], V̄[w] = mean of k, v over all tokens of window w
-    logits[i]  = [ q_i·k_j · scale          where M[i, j], else -inf ]  for every token j
-               ++ [ q_i·K̄_w · scale + log U[i, w]                   ]  for every window w
+    logits[i]  = [ q_i·k_j · scale + log c[i, j] ]  for every token j
+               ++ [ q_i·K̄_w · scale + log U[i, w] ]  for every window w
     out[i]     = softmax(logits[i]) · [V ++ V̄]         (0 where every logit is -inf)
     ```
 
@@ -37,13 +37,14 @@ def sparse_attention(
     """
     exact = accumulation_dtype(q.dtype)
     query, key, value = q.to(exact), k.to(exact), v.to(exact)
-    mask = connectivity.to_mask()
-    logits = (query @ key.mT * scale).masked_fill(~mask, -torch.inf)
+    counts = connectivity.to_counts()
+    logits = query @ key.mT * scale + counts.clamp(min=1).to(exact).log()
+    logits = logits.masked_fill(counts == 0, -torch.inf)
     if summary is not None:
         member = _window_membership(connectivity, summary).to(exact)  # [W, N]
         size = member.sum(1, keepdim=True)
         mean_key, mean_value = member @ key / size, member @ value / size
-        unselected = (~mask).to(exact) @ member.mT  # [B, H, N, W]
+        unselected = (counts == 0).to(exact) @ member.mT  # [B, H, N, W]
         logits = torch.cat([logits, query @ mean_key.mT * scale + unselected.log()], -1)
         value = torch.cat([value, mean_value], 2)
     has_key = (logits > -torch.inf).any(-1, keepdim=True)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from sparsifiner.connectivity import Connectivity
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops.precision import accumulation_dtype
 
@@ -12,10 +13,14 @@ def window_means(x: Tensor, layout: TokenLayout, side: int) -> Tensor:
     return layout.square_means(x[:, :, layout.prefix :].to(accumulation_dtype(x.dtype)), side).to(x.dtype)
 
 
-def unselected_per_window(indices: Tensor, layout: TokenLayout, side: int) -> Tensor:
-    """Tokens of each window that each list lacks: [B, H, rows, k] to int64 [B, H, rows, W]."""
-    windows = layout.squares(side)
-    window = layout.square_of_token(indices, side).long()
-    selected = torch.zeros(*indices.shape[:-1], windows + 1, dtype=torch.int64, device=indices.device)
+def unselected_per_window(connectivity: Connectivity, side: int) -> Tensor:
+    """Tokens of each window that each list lacks, int64 [B, H, rows, W]."""
+    layout, windows = connectivity.layout, connectivity.layout.squares(side)
+    tokens = torch.where(connectivity.is_key(), connectivity.indices, -1)
+    if not connectivity.ascends():  # a token that is named twice is lacked no less than once
+        tokens = tokens.sort(-1).values
+        tokens[..., 1:].masked_fill_(tokens[..., 1:] == tokens[..., :-1].clone(), -1)
+    window = layout.square_of_token(tokens, side).long()
+    selected = torch.zeros(*tokens.shape[:-1], windows + 1, dtype=torch.int64, device=tokens.device)
     selected = selected.scatter_add(-1, window, torch.ones_like(window))
-    return layout.square_sizes(side, indices.device) - selected[..., :windows]
+    return layout.square_sizes(side, tokens.device) - selected[..., :windows]

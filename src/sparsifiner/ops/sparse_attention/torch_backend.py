@@ -40,17 +40,17 @@ def sparse_attention(
         [B, H, N, d] in the dtype of `q`.
     """
     layout, tile, prefix = connectivity.layout, connectivity.tile, connectivity.prefix
-    if q.is_cuda and tile == 1 and layout.tokens <= _MASKED_TOKENS:
+    if q.is_cuda and tile == 1 and layout.tokens <= _MASKED_TOKENS and connectivity.ascends():
         return masked.sparse_attention(q, k, v, connectivity, summary, scale)
     B, H, N, d = q.shape
     indices = connectivity.indices
-    bias = torch.where(indices >= 0, 0.0, -torch.inf)  # [B, H, rows, k]
-    slots = indices.clamp(min=0).long()
+    bias = torch.where(connectivity.is_key(), 0.0, -torch.inf)  # [B, H, rows, k]
+    slots = indices.clamp(0, N - 1).long()
     key, value = k, v
     if summary is not None:
         key = torch.cat([k, window_means(k, layout, summary)], 2)  # [B, H, N + W, d]
         value = torch.cat([v, window_means(v, layout, summary)], 2)
-        unselected = unselected_per_window(indices, layout, summary)  # [B, H, rows, W]
+        unselected = unselected_per_window(connectivity, summary)  # [B, H, rows, W]
         windows = torch.arange(N, key.shape[2], device=q.device).expand(unselected.shape)
         bias = torch.cat([bias, unselected.to(accumulation_dtype(q.dtype)).log()], -1)
         slots = torch.cat([slots, windows], -1)

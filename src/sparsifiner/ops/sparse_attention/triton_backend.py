@@ -35,12 +35,14 @@ class Problem:
         tile: side of a tile of queries that share a list; 1 for a list per query.
         summary: side of the windows, 0 for no summaries.
         scale: factor of the logits.
+        ascending: whether lists ascend, as for `Connectivity`.
     """
 
     layout: TokenLayout
     tile: int
     summary: int
     scale: float
+    ascending: bool
 
     @property
     def rows(self) -> int:
@@ -48,9 +50,14 @@ class Problem:
         return self.layout.squares(self.tile)
 
     @property
+    def packed(self) -> bool:
+        """Whether lists of single queries are packed by tile."""
+        return self.tile == 1 and self.ascending
+
+    @property
     def side(self) -> int:
-        """Side of the tile of queries that a program attends for; single queries are packed by tile."""
-        return PACKED_SIDE if self.tile == 1 else self.tile
+        """Side of the tile of queries that a program attends for."""
+        return PACKED_SIDE if self.packed else self.tile
 
     @property
     def tiles(self) -> int:
@@ -244,6 +251,7 @@ def _missing(indices: Tensor, problem: Problem) -> Tensor:
             SIDE=side,
             BLOCK_N=min(1024, triton.next_power_of_2(indices.shape[-1])),
             BLOCK_W=triton.next_power_of_2(windows),
+            ASCENDING=problem.ascending,
             num_warps=2,
         )
     return missing
@@ -254,7 +262,8 @@ def _entries_by_token(q: Tensor, indices: Tensor, problem: Problem) -> tuple[Ten
     B, H, tiles, keys = indices.shape
     N = problem.layout.tokens
     every = torch.arange(N, device=indices.device)
-    listed = torch.where(indices >= 0, indices, N).long().unsqueeze(3)
+    is_key = (indices >= 0) & (indices < N)
+    listed = torch.where(is_key, indices, N).long().unsqueeze(3)
     listed = listed.expand(B, H, tiles, problem.parts(q), keys).flatten(2).flatten(0, 1)
     prefix = every.repeat(problem.prefix_parts(q)).expand(B * H, -1)
     token, order = torch.cat([listed, prefix], 1).sort(dim=1, stable=True)
@@ -263,8 +272,8 @@ def _entries_by_token(q: Tensor, indices: Tensor, problem: Problem) -> tuple[Ten
 
 
 def _lists(indices: Tensor, problem: Problem) -> PackedLists:
-    """One list per tile, with bits where every query has its own."""
-    return pack_lists(indices, problem.layout) if problem.tile == 1 else PackedLists(indices)
+    """One list per tile, with bits where single queries are packed."""
+    return pack_lists(indices, problem.layout) if problem.packed else PackedLists(indices)
 
 
 def _every_token(q: Tensor, problem: Problem) -> Tensor:
@@ -289,7 +298,7 @@ def _block_n(q: Tensor) -> int:
 def _forward_options(q: Tensor, problem: Problem) -> dict[str, int]:
     """Registers that let a fourth program of 64 queries and head dim 64 onto a multiprocessor."""
     is_small = problem.block_m(q) * _block_d(q) <= 64 * 64 and q.dtype != torch.float32
-    return {"maxnreg": 128} if is_small and problem.tile > 1 else {}
+    return {"maxnreg": 128} if is_small and not problem.packed else {}
 
 
 def _blocks(q: Tensor, problem: Problem) -> dict[str, int]:
@@ -303,7 +312,8 @@ def _blocks(q: Tensor, problem: Problem) -> dict[str, int]:
         "BLOCK_N": _block_n(q),
         "BLOCK_W": max(16, min(_block_n(q), triton.next_power_of_2(max(1, problem.windows)))),
         "BLOCK_D": _block_d(q),
-        "PACKED": problem.tile == 1,
+        "PACKED": problem.packed,
+        "ASCENDING": problem.ascending,
         # four warps hold no more than 64 x 64 of the sums without spilling
         "num_warps": 8 if problem.block_m(q) * _block_d(q) > 64 * 64 else 4,
     }

@@ -4,9 +4,11 @@ import triton
 import triton.language as tl
 
 from sparsifiner.ops.sparse_attention.triton_forward import (
-    bits_bias,
+    list_bias,
     list_of_program,
     load_rows,
+    names_token,
+    nearest_token,
     place_of_program,
     summary_counts,
     tile_tokens,
@@ -86,6 +88,7 @@ def attend_backward_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PACKED: tl.constexpr,
+    ASCENDING: tl.constexpr,
     DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one tile, or of the prefix: dq, and what they send to their keys and summaries.
@@ -126,23 +129,26 @@ def attend_backward_kernel(
     for start in range(0, whole, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         index = tl.load(tokens + slot)
-        key = load_rows(k, index, k_token, None, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        value = load_rows(v, index, v_token, None, HEAD_DIM, BLOCK_D)
-        bias = bits_bias(bits + row * keys, slot, length, member, is_prefix) if PACKED else None
+        listed = None if ASCENDING else names_token(index, N)
+        index = nearest_token(index, N)
+        key = load_rows(k, index, k_token, listed, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        value = load_rows(v, index, v_token, listed, HEAD_DIM, BLOCK_D)
+        bias = None
+        if PACKED or not ASCENDING:
+            bias = list_bias(listed, bits, row * keys, slot, length, member, is_prefix, PACKED)
         d_query, d_key, d_value = _key_gradients(
             query, key, value, bias, None, d_result, weight, delta, d_query, scale, slope
         )
         to = pair * entries + entry + slot if DETERMINISTIC else pair * N + index
-        _send(d_k, d_v, d_key, d_value, to, None, HEAD_DIM, BLOCK_D, DETERMINISTIC)
+        _send(d_k, d_v, d_key, d_value, to, listed, HEAD_DIM, BLOCK_D, DETERMINISTIC)
     for start in tl.range(whole, length, BLOCK_END, num_stages=1):
         slot = start + tl.arange(0, BLOCK_END)
-        listed = slot < length
-        index = tl.load(tokens + slot, mask=listed, other=0)
+        index = tl.load(tokens + slot, mask=slot < length, other=-1)
+        listed = names_token(index, N)
+        index = nearest_token(index, N)
         key = load_rows(k, index, k_token, listed, HEAD_DIM, BLOCK_D)
         value = load_rows(v, index, v_token, listed, HEAD_DIM, BLOCK_D)
-        bias = tl.where(listed, 0.0, -float("inf"))[None, :]
-        if PACKED:
-            bias += bits_bias(bits + row * keys, slot, length, member, is_prefix)
+        bias = list_bias(listed, bits, row * keys, slot, length, member, is_prefix, PACKED)
         d_query, d_key, d_value = _key_gradients(
             query, key, value, bias, None, d_result, weight, delta, d_query, scale, slope
         )

@@ -12,8 +12,9 @@ def missing_kernel(
     SIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    ASCENDING: tl.constexpr,
 ):  # fmt: skip
-    """One row: how many tokens of each window its list lacks."""
+    """One row: how many tokens of each window its list lacks, each once, however often it is named."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.cdiv(GRID_W, SIDE)
     window = tl.arange(0, BLOCK_W)
@@ -22,9 +23,14 @@ def missing_kernel(
     count = height * width
     for start in range(0, k, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
-        patch = tl.load(indices + row * k + slot, mask=slot < k, other=-1) - PREFIX
+        token = tl.load(indices + row * k + slot, mask=slot < k, other=-1)
+        patch = token - PREFIX
+        is_new = (patch >= 0) & (patch < GRID_H * GRID_W)
+        if not ASCENDING:
+            for before in range(0, tl.minimum(start + BLOCK_N, k)):
+                is_new &= (tl.load(indices + row * k + before) != token) | (slot <= before)
         listed = patch // GRID_W // SIDE * columns + patch % GRID_W // SIDE
-        count -= tl.histogram(tl.where(patch >= 0, listed, 0), BLOCK_W, mask=patch >= 0)
+        count -= tl.histogram(tl.where(is_new, listed, 0), BLOCK_W, mask=is_new)
     tl.store(missing + row * windows + window, count.to(missing.dtype.element_ty), mask=window < windows)
 
 
@@ -55,19 +61,51 @@ def tile_tokens(tile, member, is_prefix, GRID_H, GRID_W, PREFIX, TILE: tl.conste
 
 @triton.jit
 def list_of_program(
-    indices, lengths, every, row, keys, N, is_prefix, split, SPLIT_KEYS: tl.constexpr, PACKED: tl.constexpr
+    indices,
+    lengths,
+    every,
+    row,
+    keys,
+    N,
+    is_prefix,
+    split,
+    SPLIT_KEYS: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
-    """A program's list, and how many tokens it holds; the prefix lists every token, by splits."""
+    """A program's list, and its slots before the empty ones at its end; the prefix lists all, by splits."""
     tokens = indices + row * keys
     length = tl.load(lengths + row) if PACKED else keys
     if is_prefix == 1:
         tokens = every + split * SPLIT_KEYS
         length = tl.minimum(N - split * SPLIT_KEYS, SPLIT_KEYS)
     elif not PACKED:
-        # empty slots come last, and most lists have none
+        # most lists have no empty slot
         while (length > 0) & (tl.load(tokens + tl.maximum(length - 1, 0)) < 0):
             length -= 1
     return tokens, length
+
+
+@triton.jit
+def names_token(index, N):
+    """Which slots of a list name a token; the others are empty."""
+    return (index >= 0) & (index < N)
+
+
+@triton.jit
+def nearest_token(index, N):
+    """Lists are not trusted: no number in them leads outside of the N tokens."""
+    return tl.minimum(tl.maximum(index, 0), N - 1)
+
+
+@triton.jit
+def list_bias(listed, bits, first_slot, slot, length, member, is_prefix, PACKED: tl.constexpr):
+    """0 for keys to attend to, -inf for others: [1 or BLOCK_M, BLOCK_N]; `listed` is None for all of them."""
+    if listed is None:
+        return bits_bias(bits + first_slot, slot, length, member, is_prefix)
+    bias = tl.where(listed, 0.0, -float("inf"))[None, :]
+    if PACKED:
+        bias += bits_bias(bits + first_slot, slot, length, member, is_prefix)
+    return bias
 
 
 @triton.jit
@@ -159,6 +197,7 @@ def attend_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PACKED: tl.constexpr,
+    ASCENDING: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one tile, or of the prefix, over its list, then over all summaries.
 
@@ -186,18 +225,23 @@ def attend_kernel(
     )
     whole = length // BLOCK_N * BLOCK_N
     end_slot = whole + tl.arange(0, BLOCK_N)
-    listed = end_slot < length
-    end_index = tl.load(tokens + end_slot, mask=listed, other=0)
+    end_index = tl.load(tokens + end_slot, mask=end_slot < length, other=-1)
+    end_listed = names_token(end_index, N)
+    end_index = nearest_token(end_index, N)
     for start in range(0, whole, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         index = tl.load(tokens + slot)
-        key = load_rows(k, index, k_token, None, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-        value = load_rows(v, index, v_token, None, HEAD_DIM, BLOCK_D)
-        bias = bits_bias(bits + row * keys, slot, length, member, is_prefix) if PACKED else None
+        listed = None if ASCENDING else names_token(index, N)
+        index = nearest_token(index, N)
+        key = load_rows(k, index, k_token, listed, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+        value = load_rows(v, index, v_token, listed, HEAD_DIM, BLOCK_D)
+        bias = None
+        if PACKED or not ASCENDING:
+            bias = list_bias(listed, bits, row * keys, slot, length, member, is_prefix, PACKED)
         best, weight, total = _add_keys(query, key, value, bias, None, best, weight, total, scale)
     # what is left of the list arrives while the summaries are added
-    end_key = load_rows(k, end_index, k_token, listed, HEAD_DIM, BLOCK_D)
-    end_value = load_rows(v, end_index, v_token, listed, HEAD_DIM, BLOCK_D)
+    end_key = load_rows(k, end_index, k_token, end_listed, HEAD_DIM, BLOCK_D)
+    end_value = load_rows(v, end_index, v_token, end_listed, HEAD_DIM, BLOCK_D)
     for start in tl.range(0, (1 - is_prefix) * windows, BLOCK_W, num_stages=SUMMARY_STAGES):
         window = start + tl.arange(0, BLOCK_W)
         is_window = window < windows
@@ -207,9 +251,7 @@ def attend_kernel(
         bias = tl.where(count > 0, 0.0, -float("inf"))
         best, weight, total = _add_keys(query, key, value, bias, count, best, weight, total, scale)
     if whole < length:
-        bias = tl.where(listed, 0.0, -float("inf"))[None, :]
-        if PACKED:
-            bias += bits_bias(bits + row * keys, end_slot, length, member, is_prefix)
+        bias = list_bias(end_listed, bits, row * keys, end_slot, length, member, is_prefix, PACKED)
         best, weight, total = _add_keys(query, end_key, end_value, bias, None, best, weight, total, scale)
 
     total = total / tl.where(weight > 0, weight, 1.0)[:, None]

@@ -28,7 +28,10 @@ class PackedLists(NamedTuple):
 
 
 def pack_lists(indices: Tensor, layout: TokenLayout) -> PackedLists:
-    """Packs one list per patch query, [B, H, patches, k], over tiles of `PACKED_SIDE` squared."""
+    """Packs one list per patch query, [B, H, patches, k], over tiles of `PACKED_SIDE` squared.
+
+    A bit cannot say that a key is named twice, so lists must ascend.
+    """
     B, H, patches, k = indices.shape
     N, tiles = layout.tokens, layout.squares(PACKED_SIDE)
     members = torch.zeros(B, H, tiles, N, dtype=torch.int64, device=indices.device)
@@ -68,7 +71,7 @@ def set_bits_kernel(
     for start in range(0, k, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         index = tl.load(indices + slot, mask=slot < k, other=-1)
-        tl.atomic_or(members + index, bit, mask=index >= 0, sem="relaxed")
+        tl.atomic_or(members + index, bit, mask=(index >= 0) & (index < N), sem="relaxed")
 
 
 @triton.jit
