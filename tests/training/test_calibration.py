@@ -19,6 +19,7 @@ from sparsifiner.measure.recall import mask_recall
 from sparsifiner.models.adapter import is_scorer, scorer_weights
 from sparsifiner.models.loading import load_model, load_weights
 from sparsifiner.patch import sparse_layers
+from sparsifiner.training import calibration
 from sparsifiner.training.calibration import calibrate, choose_budgets
 
 SMALL = {"patch_size": 4, "depth": 3, "embed_dim": 32, "num_heads": 2, "num_classes": 10}
@@ -362,3 +363,20 @@ class TestResampling:
                 img_size=64,
                 model_args=SMALL,
             )
+
+
+def test_what_fails_leaves_scorers_as_they_were(monkeypatch):
+    model = sparsifiner.sparsify(make_dense(), preset="paper", keep=0.2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = model.blocks[0].attn.config
+
+    def fail(*unused):
+        assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(calibration, "_layer_errors", fail)
+    monkeypatch.setattr(calibration, "_mean_error", lambda *unused: 0.0)
+    with pytest.raises(MemoryError, match="none left"):
+        calibrate(model, [torch.randn(2, 3, 32, 32)], fit_steps=2, progress=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.blocks[0].attn.config == config

@@ -124,23 +124,24 @@ def calibrate(
     with _restored(layers):
         error_before = _mean_error(model, layers, batches, keeps, match)
     error_fitted = error_before
-    if fit_scorers(model, batches, fit_steps, progress=progress):
+    with _given_back_on_failure(model, unfitted):
+        if fit_scorers(model, batches, fit_steps, progress=progress):
+            with _restored(layers):
+                error_fitted = _mean_error(model, layers, batches, keeps, match)
+            if error_fitted > error_before:
+                model.load_state_dict(unfitted, strict=False)
+                error_fitted = error_before
+        total = sum(before)
+        lengths = _lengths(total / len(layers), least, layout.tokens)
+        rows = torch.zeros(len(layers), len(lengths), dtype=torch.float64)
+        bar = tqdm(batches, desc="calibrating", unit="batch", disable=None if progress else True, leave=False)
         with _restored(layers):
-            error_fitted = _mean_error(model, layers, batches, keeps, match)
-        if error_fitted > error_before:
-            model.load_state_dict(unfitted, strict=False)
-            error_fitted = error_before
-    total = sum(before)
-    lengths = _lengths(total / len(layers), least, layout.tokens)
-    rows = torch.zeros(len(layers), len(lengths), dtype=torch.float64)
-    bar = tqdm(batches, desc="calibrating", unit="batch", disable=None if progress else True, leave=False)
-    with _restored(layers):
-        for batch in bar:
-            errors = list(_layer_errors(model, layers, batch, lengths, layout, match))
-            rows += torch.tensor(errors, dtype=torch.float64) * len(batch) / count
-        chosen = choose_budgets(rows.tolist(), lengths, total, least, layout.tokens)
-        keeps = [exact_ratio(budget / layout.tokens) for budget in chosen]
-        error = _mean_error(model, layers, batches, keeps, match)
+            for batch in bar:
+                errors = list(_layer_errors(model, layers, batch, lengths, layout, match))
+                rows += torch.tensor(errors, dtype=torch.float64) * len(batch) / count
+            chosen = choose_budgets(rows.tolist(), lengths, total, least, layout.tokens)
+            keeps = [exact_ratio(budget / layout.tokens) for budget in chosen]
+            error = _mean_error(model, layers, batches, keeps, match)
     if error < error_fitted:
         keep = [budget / layout.tokens for budget in chosen]
     else:
@@ -319,3 +320,13 @@ def _restored(layers: Sequence[SparseAttention]) -> Iterator[None]:
     finally:
         for layer, keep in zip(layers, keeps, strict=True):
             layer.keep = keep
+
+
+@contextmanager
+def _given_back_on_failure(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Gives the scorers their weights back where something fails, so that nothing is calibrated by half."""
+    try:
+        yield
+    except BaseException:
+        model.load_state_dict(weights, strict=False)
+        raise
