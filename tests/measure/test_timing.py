@@ -1,7 +1,5 @@
 """Timing in turns, and what becomes of candidates that do not run."""
 
-import time
-
 import pytest
 import torch
 
@@ -10,18 +8,38 @@ from sparsifiner.measure.memory import scratch_bytes
 from sparsifiner.measure.timing import Timing, time_in_turns
 
 
-def test_functions_take_turns_and_are_told_apart():
+class Clock:
+    """Time that passes only where a test says so."""
+
+    def __init__(self, monkeypatch):
+        self.seconds = 0.0
+        monkeypatch.setattr("time.perf_counter", lambda: self.seconds)
+
+    def passes(self, milliseconds):
+        self.seconds += milliseconds / 1e3
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def test_functions_take_turns_and_are_told_apart(clock):
     calls = []
 
     def slow():
         calls.append("slow")
-        time.sleep(0.02)
+        clock.passes(20 + len(calls))  # calls 1, 3, 5 and 7 of both functions
 
-    times = time_in_turns({"slow": slow, "quick": lambda: calls.append("quick")}, runs=3, warmup=1)
+    def quick():
+        calls.append("quick")
+        clock.passes(1)
+
+    times = time_in_turns({"slow": slow, "quick": quick}, runs=3, warmup=1)
     assert calls == ["slow", "quick"] * 4
-    assert times["slow"].low_ms >= 20
-    assert times["slow"].low_ms <= times["slow"].median_ms <= times["slow"].high_ms
-    assert times["quick"].median_ms < times["slow"].median_ms
+    slow_ms, quick_ms = ((each.low_ms, each.median_ms, each.high_ms) for each in times.values())
+    assert slow_ms == pytest.approx((23.4, 25, 26.6))
+    assert quick_ms == pytest.approx((1, 1, 1))
     assert not times["slow"].graph
 
 
@@ -33,16 +51,16 @@ def test_median_and_tenths_of_known_times(monkeypatch):
     assert (timing.median_ms, timing.low_ms, timing.high_ms) == pytest.approx((6, 2, 10))
 
 
-def test_sets_of_inputs_are_taken_in_turn_and_averaged():
+def test_sets_of_inputs_are_taken_in_turn_and_averaged(clock):
     calls = []
 
-    def wait(name):
+    def call(name, milliseconds):
         calls.append(name)
-        time.sleep(0.01)
+        clock.passes(milliseconds)
 
-    times = time_in_turns({"one": [lambda: wait("a"), lambda: wait("b")]}, runs=2, warmup=0)
+    times = time_in_turns({"one": [lambda: call("a", 10), lambda: call("b", 20)]}, runs=2, warmup=0)
     assert calls == ["a", "b"] * 2
-    assert 10 <= times["one"].median_ms < 20
+    assert times["one"].median_ms == pytest.approx(15)
 
 
 def test_a_spread_needs_two_measurements():
