@@ -18,6 +18,8 @@ from sparsifiner.data import open_images
 from sparsifiner.training import Recipe, Stage, loop, train
 from sparsifiner.training.progress import Progress
 from sparsifiner.training.run import RunFolder
+from sparsifiner.training.seal import seal
+from tests.training.runs import assert_equal_runs, weights_of
 
 KILLS = 20
 EVERYTHING = {"drop_path_rate": 0.2, "proj_drop_rate": 0.1}
@@ -50,28 +52,6 @@ def run(folder, *, resume=False, **options):
         device="cpu",
         progress=False,
     )
-
-
-def without_times(records):
-    clocks = ("seconds", "images_per_second")
-    return [{name: value for name, value in record.items() if name not in clocks} for record in records]
-
-
-def weights_of(folder):
-    names = ("best", "last", "last_ema", "adapter")
-    return {name: load_file(folder / f"{name}.safetensors") for name in names}
-
-
-def assert_equal_runs(folder, other):
-    records, others = (
-        [json.loads(line) for line in (each / "metrics.jsonl").read_text().splitlines()]
-        for each in (folder, other)
-    )
-    assert without_times(records) == without_times(others)
-    for name, tensors in weights_of(folder).items():
-        expected = load_file(other / f"{name}.safetensors")
-        assert tensors.keys() == expected.keys()
-        assert all(torch.equal(tensor, expected[key]) for key, tensor in tensors.items()), name
 
 
 def run_until(folder, event, count):
@@ -157,8 +137,9 @@ def test_resuming_a_finished_run_changes_nothing(undisturbed):
 def test_the_folder_holds_what_it_promises(undisturbed):
     names = {path.name for path in undisturbed.iterdir()}
     weights = {"best.safetensors", "last.safetensors", "last_ema.safetensors", "adapter.safetensors"}
-    assert names == weights | {"config.yaml", "metrics.jsonl", "report.html", "tensorboard", "checkpoints"}
-    assert [path.name for path in (undisturbed / "checkpoints").iterdir()] == ["01-00000080"]
+    others = {"config.yaml", "metrics.jsonl", "report.html", "tensorboard", "checkpoints", ".run", ".lock"}
+    assert names == weights | others
+    assert {path.name for path in (undisturbed / "checkpoints").iterdir()} == {"01-00000078", "01-00000080"}
     page = (undisturbed / "report.html").read_text()
     assert page.count("<svg") == page.count("</svg>") >= 10
     adapter = load_file(undisturbed / "adapter.safetensors")
@@ -172,7 +153,7 @@ def test_the_folder_holds_what_it_promises(undisturbed):
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match="not finite any more; lower lr"):
         run(tmp_path, stages=[Stage("distil", 1, lr=1e30, min_lr=1e29)], clip_grad=None, ema_decay=None)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", ".run", ".lock"}
     # nothing was reached, so the same folder takes the mended recipe
     run(tmp_path, stages=[Stage("distil", 1)], ema_decay=None)
     assert (tmp_path / "last.safetensors").exists()
@@ -184,7 +165,7 @@ def test_files_of_others_are_left_alone(tmp_path):
         run(tmp_path)
     with pytest.raises(ValueError, match="but no config"):
         run(tmp_path, resume=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["best.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"best.safetensors", ".lock"}
     assert (tmp_path / "best.safetensors").read_text() == "someone's"
 
 
@@ -268,13 +249,15 @@ class Executes:
 
 
 def test_nothing_in_a_checkpoint_is_executed(undisturbed, tmp_path):
-    read = sorted(file.name for file in (undisturbed / "checkpoints").glob("*/*"))
-    assert {"model.safetensors", "optimizer.bin", "progress.pt", "random_states_0.pkl"} == set(read)
-    for name in set(read) - {"model.safetensors"}:
+    newest = undisturbed / "checkpoints" / "01-00000080"
+    read = {file.name for file in newest.iterdir()} - {"run.txt", "manifest.json"}
+    assert read == {"model.safetensors", "optimizer.bin", "progress.pt", "random_states_0.pkl"}
+    for name in read - {"model.safetensors"}:
         copy = tmp_path / name
         shutil.copytree(undisturbed, copy)
-        (file,) = (copy / "checkpoints").glob(f"*/{name}")
-        torch.save(Executes(tmp_path / f"executed by {name}"), file)
+        forged = copy / "checkpoints" / newest.name
+        torch.save(Executes(tmp_path / f"executed by {name}"), forged / name)
+        seal(forged, (copy / ".run").read_text(), forged.name)
         if name == "random_states_0.pkl":  # Accelerate goes on without them
             run(copy, resume=True)
         else:

@@ -216,11 +216,12 @@ def train(
     )
     if processes.is_main_process:
         validations = [record for record in result.records if record["kind"] == "validation"]
-        best = max(validations, key=lambda record: max(record["top1"], record.get("top1_ema", 0)))
-        print(
-            f"best top-1 {max(best['top1'], best.get('top1_ema', 0)):.2f} % after {best['stage']} epoch "
-            f"{best['epoch']:g}; last {validations[-1]['top1']:.2f} %"
-        )
+        if validations:  # no line of metrics.jsonl that tells of one may be readable any more
+            best = max(validations, key=lambda record: max(record["top1"], record.get("top1_ema", 0)))
+            print(
+                f"best top-1 {max(best['top1'], best.get('top1_ema', 0)):.2f} % after {best['stage']} epoch "
+                f"{best['epoch']:g}; last {validations[-1]['top1']:.2f} %"
+            )
         print(f"weights, measurements and report.html are in {result.output}")
 
 

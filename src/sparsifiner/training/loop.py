@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from sparsifiner.data import ImageSet
 from sparsifiner.models.adapter import scorer_weights
+from sparsifiner.training.checkpoints import Position
 from sparsifiner.training.data import (
     DROP,
     MIX,
@@ -38,7 +40,7 @@ from sparsifiner.training.processes import (
 )
 from sparsifiner.training.progress import Progress, describe_subject
 from sparsifiner.training.recipe import Recipe, Stage, recipe_settings
-from sparsifiner.training.run import Position, RunFolder
+from sparsifiner.training.run import RunFolder
 from sparsifiner.training.stages import (
     Student,
     Teacher,
@@ -85,9 +87,9 @@ def train(
 
     The folder gets config.yaml, metrics.jsonl, a TensorBoard log, report.html, `best.safetensors` (the
     highest validation top-1, of the weights or of their average), `last.safetensors`,
-    `last_ema.safetensors`, `adapter.safetensors` (the scorer alone) and the newest checkpoint. Under
-    `accelerate launch` or `torchrun` all processes share the work; the result is that of one process
-    up to rounding. Seeds Python's, NumPy's and torch's generators.
+    `last_ema.safetensors`, `adapter.safetensors` (the scorer alone) and the newest two checkpoints, and is
+    locked meanwhile. Under `accelerate launch` or `torchrun` all processes share the work; the result is
+    that of one process up to rounding. Seeds Python's, NumPy's and torch's generators.
 
     Args:
         model: a timm Vision Transformer, as `sparsify` left it; it is trained in place.
@@ -99,17 +101,19 @@ def train(
         settings: more settings to keep and to compare when the run resumes, besides the recipe, the model's
             class, shapes and sparsity, and the images.
         device: "auto" takes a GPU if there is one, "cpu" none.
-        resume: continue the run in `output` at its newest checkpoint, bit for bit.
+        resume: continue the run in `output` at its newest intact checkpoint, bit for bit.
         progress: show progress bars on a terminal.
 
     Returns:
         Folder and measurements.
 
     Raises:
+        BlockingIOError: another process trains in `output`.
         FileExistsError: `output` holds a run and `resume` is False.
         FloatingPointError: a loss is no number any more.
         ValueError: recipe, images, model and number of processes do not fit, or the run in `output` has
-            other settings, or was begun with another model, other images or another seed.
+            other settings, no intact checkpoint, or was begun with another model, other images or another
+            seed.
     """
     AcceleratorState._reset_state()  # a run before this one may have had another precision
     accelerator = Accelerator(
@@ -130,37 +134,36 @@ def train(
     stages = choose_stages(model, recipe, teacher)
     settings = {**(settings or {}), **recipe_settings(recipe)}
     subject = describe_subject(model, images, validation)
-    run = begin_together(accelerator, Path(output), settings, subject, resume=resume)
-    model.to(accelerator.device)
-    share_weights(model)
-    twin = None
-    if any(needs_teacher(stage.kind) for _, stage in stages):
-        twin = Teacher(model if teacher is None else teacher)
-        twin.model.to(accelerator.device)
-        share_weights(twin.model)
-    trainer = _Trainer(
-        accelerator=accelerator,
-        run=run,
-        recipe=recipe,
-        share=share,
-        model=model,
-        teacher=twin,
-        images=images,
-        validation=Validation(accelerator, model, validation, recipe, share),
-        mixer=Mixer(recipe, images.num_classes),
-        progress=progress and accelerator.is_main_process,
-        state=Progress(subject=subject),
-    )
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    try:
-        for index, stage in stages:
-            trainer.run_stage(index, stage)
-    finally:
-        run.close()
-        model.eval()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trainable)
-    return TrainingResult(run.path, run.records())
+    with closing(begin_together(accelerator, Path(output), settings, subject, resume=resume)) as run:
+        model.to(accelerator.device)
+        share_weights(model)
+        twin = None
+        if any(needs_teacher(stage.kind) for _, stage in stages):
+            twin = Teacher(model if teacher is None else teacher)
+            twin.model.to(accelerator.device)
+            share_weights(twin.model)
+        trainer = _Trainer(
+            accelerator=accelerator,
+            run=run,
+            recipe=recipe,
+            share=share,
+            model=model,
+            teacher=twin,
+            images=images,
+            validation=Validation(accelerator, model, validation, recipe, share),
+            mixer=Mixer(recipe, images.num_classes),
+            progress=progress and accelerator.is_main_process,
+            state=Progress(subject=subject),
+        )
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        try:
+            for index, stage in stages:
+                trainer.run_stage(index, stage)
+        finally:
+            model.eval()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in trainable)
+        return TrainingResult(run.path, run.records())
 
 
 def choose_stages(
@@ -389,8 +392,8 @@ class _Trainer:
         if not all(math.isfinite(total) for total in self.state.sums.values()):
             raise FloatingPointError(
                 "the loss is not finite any more; lower lr, set clip_grad or use amp=none, and start again "
-                f"in another output. The newest checkpoint, {self.run.checkpoint or 'none yet'}, may be "
-                "close to this already"
+                f"in another output. The newest checkpoint, {self.run.checkpoints.newest or 'none yet'}, may "
+                "be close to this already"
             )
 
     def _log(self, record: dict[str, Any]) -> None:

@@ -21,23 +21,27 @@ def begin_together(
     *,
     resume: bool,
 ) -> RunFolder:
-    """Has the main process make the folder ready; all processes go on, or fail, together.
+    """Has the main process lock the folder and make it ready; all processes go on, or fail, together.
+
+    The checkpoint that the main process chose is the one that all load.
 
     Raises:
-        FileExistsError: see `RunFolder.begin`.
+        BlockingIOError, FileExistsError, OSError, ValueError: see `RunFolder.begin`.
         UnpicklingError: the checkpoint there holds more than values.
-        ValueError: see `RunFolder.begin`.
     """
-    failed: list[Exception | None] = [None]
+    run: RunFolder | None = None
+    told: list[Any] = [None, None, None]  # an error, or the name of the run and its checkpoint
     if accelerator.is_main_process:
         try:
-            RunFolder.begin(output, settings, subject, resume=resume)
+            run = RunFolder.begin(output, settings, subject, resume=resume)
+            told = [None, run.name, run.checkpoint]
         except (OSError, ValueError, pickle.UnpicklingError) as error:
-            failed = [error]
-    broadcast_object_list(failed)
-    if failed[0] is not None:
-        raise failed[0]
-    return RunFolder(output, writes=accelerator.is_main_process)
+            told = [error, None, None]
+    broadcast_object_list(told)
+    failed, name, checkpoint = told
+    if failed is not None:
+        raise failed
+    return run or RunFolder(output, name, checkpoint)
 
 
 def check_launch(accelerator: Accelerator, recipe: Recipe) -> None:
