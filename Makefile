@@ -1,5 +1,5 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`.
-.PHONY: demo test test-gpu lint types unit sanitize fuzz lock package clean
+.PHONY: demo test test-gpu lint types unit sanitize fuzz stress lock package clean
 
 ready := .venv/.ready
 bin := .venv/bin
@@ -34,6 +34,11 @@ sanitize: $(ready)
 # 10,000 random calls of the public operations, on the same checked kernels: minutes.
 fuzz: $(ready)
 	tools/sanitize.sh -m tests.stress.ops --calls 10000
+
+# Training that is killed at random moments, while its folder is meddled with; models that run out of memory.
+stress: $(ready)
+	$(bin)/python -m tests.stress.kills --kills 40
+	$(bin)/python -m tests.stress.memory --trials 20
 
 # Pins every requirement anew; the file carries no registry addresses.
 lock:

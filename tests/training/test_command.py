@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import pytest
 import timm
@@ -188,6 +189,20 @@ def test_mistakes_are_one_line_exit_2_and_leave_nothing(capsys, tmp_path, option
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
+
+
+def test_without_an_intact_checkpoint_resuming_is_one_line_and_exit_2(capsys, trained, tmp_path):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    checkpoints = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    for checkpoint in checkpoints:
+        (checkpoint / "optimizer.bin").write_bytes(b"cut")
+    options = ["--config", tmp_path / "run" / "config.yaml", "--output", tmp_path / "run", "--resume"]
+    code, _, err = run(capsys, "train", *options)
+    assert code == 2
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert all(f"{checkpoint.name}: optimizer.bin has 3 bytes" in line for checkpoint in checkpoints)
+    assert "put a copy of one back, or give another --output" in line
+    assert "Traceback" not in err
 
 
 def test_data_without_splits_is_not_trained_and_validated_on(capsys, tmp_path):
