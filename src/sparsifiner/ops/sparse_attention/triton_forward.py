@@ -100,11 +100,12 @@ def nearest_token(index, N):
 @triton.jit
 def list_bias(listed, bits, first_slot, slot, length, member, is_prefix, PACKED: tl.constexpr):
     """0 for keys to attend to, -inf for others: [1 or BLOCK_M, BLOCK_N]; `listed` is None for all of them."""
-    if listed is None:
-        return bits_bias(bits + first_slot, slot, length, member, is_prefix)
-    bias = tl.where(listed, 0.0, -float("inf"))[None, :]
     if PACKED:
-        bias += bits_bias(bits + first_slot, slot, length, member, is_prefix)
+        bias = bits_bias(bits + first_slot, slot, length, member, is_prefix)
+        if listed is not None:
+            bias += tl.where(listed, 0.0, -float("inf"))[None, :]
+    else:
+        bias = tl.where(listed, 0.0, -float("inf"))[None, :]
     return bias
 
 
