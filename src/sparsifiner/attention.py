@@ -5,32 +5,27 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
 from sparsifiner.layout import TokenLayout
+from sparsifiner.ops.dense import dense_attention
 from sparsifiner.ops.sparse_attention.api import attend_scored
 from sparsifiner.scorers import ListSpec, Origin, Scorer, SharedLists
+from sparsifiner.standin import StandIn, is_proxy, leaf_node
 from sparsifiner.tokens.policy import attend_with_policy
 from sparsifiner.tokens.sizes import log_sizes, prefers_bias, weigh_by_size
 from sparsifiner.tokens.state import TokenState
-
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
-)
-
 
 # everything of timm's module that its forward uses, by the names that checkpoints know
 SHARED_MODULES = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
 
 
-class SparseAttention(nn.Module):
+class SparseAttention(StandIn):
     """Takes the place of a timm `Attention`, built from its submodules, and attends sparsely.
 
     Args:
@@ -46,10 +41,13 @@ class SparseAttention(nn.Module):
         lists: where the layers behind find the lists of this one, if they share them, else None.
     """
 
+    SHARED_MODULES = SHARED_MODULES
+
     num_heads: int
     head_dim: int
     attn_dim: int
     scale: float
+    fused_attn: bool
     qkv: nn.Linear
     q_norm: nn.Module
     k_norm: nn.Module
@@ -76,21 +74,28 @@ class SparseAttention(nn.Module):
         self.lists: SharedLists | None = None
         self.grid = grid
         self.prefix = prefix
+        self.configure(config, layer, depth)
+
+    def configure(self, config: SparsifyConfig, layer: int, depth: int) -> None:
+        """Changes what the layer does and which of the model's layers it is; its weights stay."""
+        self.config = config
         self.layer = layer
         self.depth = depth
-        self.configure(config)
-        self._dense = (dense,)  # in a tuple: not a child, its weights are this module's already
-        for hooks in _HOOKS:  # the same dictionaries, so that handles stay good on both sides
-            setattr(self, hooks, getattr(dense, hooks))
-        self.register_load_state_dict_pre_hook(_rename_released_keys)  # type: ignore[no-untyped-call]
-
-    def configure(self, config: SparsifyConfig) -> None:
-        """Changes what the layer does; its weights stay."""
-        self.config = config
         self.scorer.configure(config)
+        self.scorer.place_at(layer)
         height, width = self.grid.native()
         self._configured_patches = height * width
         self.keep = self._keep_at(self._configured_patches)
+
+    @property
+    def keep(self) -> tuple[int, int]:
+        """Share of the keys that the layer lists at the native image size, as an `exact_ratio`."""
+        # two attributes: compilers can make variables of numbers, not of a tuple
+        return self._keep_numerator, self._keep_denominator
+
+    @keep.setter
+    def keep(self, keep: tuple[int, int]) -> None:
+        self._keep_numerator, self._keep_denominator = keep
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _keep_at(self, patches: int) -> tuple[int, int]:
@@ -120,9 +125,12 @@ class SparseAttention(nn.Module):
             The tokens; with a state also q and k, [B, H, N, d].
 
         Raises:
-            ValueError: a mask or causality is asked for, attention dropout is active, or the tokens
-                do not fit the grid.
+            ValueError: a mask or causality is asked for, attention dropout is active, lists are shared while
+                the model's gradient checkpointing is on, or the tokens do not fit the grid.
+            RuntimeError: TorchScript is tracing.
         """
+        if is_proxy(x):
+            return leaf_node(self, x, attn_mask=attn_mask, is_causal=is_causal)
         self._check_call(attn_mask, is_causal)
         q, k, v = self.project(x)
         if state is None:
@@ -150,9 +158,11 @@ class SparseAttention(nn.Module):
         if state.policy is not None:
             return attend_with_policy(q, k, v, state.policy, self.scale, connectivity, summary)
         if connectivity is None:
-            out = F.scaled_dot_product_attention(*sized, attn_mask=bias, scale=self.scale)
+            out = dense_attention(*sized, self.scale, bias, fused=self.fused_attn)
         else:
-            out = attend_scored(*sized, connectivity, summary, self.scale, self.backend)
+            out = attend_scored(
+                *sized, connectivity, summary, self.scale, self.backend, fused=self.fused_attn
+            )
         return out[..., : q.shape[-1]]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,7 +206,7 @@ class SparseAttention(nn.Module):
         if config.tokens is not None and whole.patches != self._configured_patches:
             keep = self._keep_at(whole.patches)  # how many queries each layer has depends on the image size
         forced = forced_prefix(layout.prefix, config.tile, config.summary)
-        budget = min(layout.tokens, key_budget(keep, whole.tokens, forced))
+        budget = min(layout.tokens, _key_budget(keep, whole.tokens, forced))
         summary = self.summary_side(layout, runs=runs)
         visits = budget + (0 if summary is None else layout.squares(summary))
         if layout.tokens < config.min_tokens or visits >= layout.tokens:
@@ -216,20 +226,21 @@ class SparseAttention(nn.Module):
         """Backend of both operations."""
         return "reference" if self.config.legacy else self.config.backend
 
-    def dense_module(self) -> nn.Module:
-        """The module that this one replaced, with the submodules of now."""
-        dense: nn.Module = self._dense[0]
-        for name in SHARED_MODULES:
-            setattr(dense, name, getattr(self, name))
-        dense.training = self.training
-        return dense
-
     def extra_repr(self) -> str:
         """Configuration in short."""
         keep, config = self.keep[0] / self.keep[1], self.config
         return f"keep={keep:.4g}, tile={config.tile}, summary={config.summary}, backend={self.backend!r}"
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        rename_released_keys(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _check_call(self, attn_mask: Tensor | None, is_causal: bool) -> None:
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            raise RuntimeError(
+                "torch.jit.trace: TorchScript is not supported by sparse models; use torch.export.export or "
+                "torch.compile, or call sparsifiner.desparsify(model) first"
+            )
         if attn_mask is not None or is_causal:
             argument = "is_causal" if is_causal else "attn_mask"
             raise ValueError(
@@ -241,13 +252,19 @@ class SparseAttention(nn.Module):
                 f"layer {self.layer}: attn_drop={self.attn_drop.p} is not supported in training; "
                 "create the model with attn_drop_rate=0"
             )
+        if self.config.share > 1 and self.grid.model.grad_checkpointing and torch.is_grad_enabled():
+            raise ValueError(
+                f"share={self.config.share} and gradient checkpointing, which computes later layers again "
+                "first, do not go together; call sparsifiner.sparsify(model, share=1), or "
+                "model.set_grad_checkpointing(False)"
+            )
 
 
 class CurrentGrid:
     """The patch grid of the input being computed, shared by all layers of a model.
 
     It is `patch_embed.grid_size` at each forward; where images may change size from call to call
-    (`dynamic_img_size`), a hook on `patch_embed` notes the size of this thread's call.
+    (`dynamic_img_size`), a hook on `patch_embed` notes the size of this thread's call, once it is attached.
 
     Args:
         model: the whole model.
@@ -256,7 +273,7 @@ class CurrentGrid:
     def __init__(self, model: VisionTransformer) -> None:
         self.model = model
         self._call = threading.local()
-        self._hook = model.patch_embed.register_forward_hook(self._note) if model.dynamic_img_size else None
+        self._hook: RemovableHandle | None = None
 
     def current(self) -> tuple[int, int]:
         """Patches along height and width.
@@ -281,14 +298,28 @@ class CurrentGrid:
         height, width = self.model.patch_embed.grid_size
         return int(height), int(width)
 
+    def attach(self) -> None:
+        """Puts the hook on the patch embedding that the model has now, if it needs one."""
+        self.remove()
+        if self.model.dynamic_img_size:
+            self._hook = self.model.patch_embed.register_forward_hook(self._hear)
+
     def remove(self) -> None:
         """Takes the hook away."""
         if self._hook is not None:
             self._hook.remove()
+            self._hook = None
 
-    def _note(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        # dynamic models embed to [B, gh, gw, C]
-        self._call.grid = (output.shape[1], output.shape[2])
+    def note(self, embedded: Tensor) -> Tensor:
+        """Notes the grid of embedded patches [B, gh, gw, C], and gives them back."""
+        self._call.grid = (embedded.shape[1], embedded.shape[2])
+        return embedded
+
+    def _hear(self, module: nn.Module, args: Any, output: Tensor) -> Any:
+        if is_proxy(output):  # the size is that of each call of the graph, of which this makes a node
+            traced: Any = output
+            return traced.tracer.create_proxy("call_function", self.note, (output,), {})
+        return self.note(output)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the thread-local note, which neither copies nor pickles."""
@@ -300,11 +331,11 @@ class CurrentGrid:
         self._call = threading.local()
 
 
-def take_over(module: nn.Module, dense: Attention) -> None:
+def take_over(module: StandIn, dense: Attention) -> None:
     """Gives a module that takes a timm attention's place its sizes and, shared, its submodules."""
-    for name in ("num_heads", "head_dim", "attn_dim", "scale", *SHARED_MODULES):
+    for name in ("num_heads", "head_dim", "attn_dim", "scale", "fused_attn"):
         setattr(module, name, getattr(dense, name))
-    module.training = dense.training
+    module.stand_in_for(dense)
 
 
 def split_heads(attention: Any, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -344,9 +375,15 @@ def dense_connectivity(batch: int, heads: int, layout: TokenLayout, tile: int, l
     )
 
 
-def _rename_released_keys(
-    module: nn.Module, state_dict: dict[str, Any], prefix: str, *unused: object
-) -> None:
+def _key_budget(keep: tuple[int, int], tokens: int, forced: int) -> int:
+    if not torch.compiler.is_compiling():
+        return key_budget(keep, tokens, forced)
+    # layers that are compiled one by one differ in this number: it becomes a variable with the second
+    with torch._dynamo.patch_dynamo_config(allow_unspec_int_on_nn_module=True):
+        return key_budget(keep, tokens, forced)
+
+
+def rename_released_keys(module: "SparseAttention", state_dict: dict[str, Any], prefix: str) -> None:
     """Lets released checkpoints load: their predictor is our scorer under other names."""
     old_prefix = prefix + "mask_predictor."
     names = getattr(module.scorer, "RELEASED_NAMES", ())

@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,6 +16,7 @@ from sparsifiner.attention import SHARED_MODULES, CurrentGrid, SparseAttention
 from sparsifiner.config import SparsifyConfig, change_config, make_config
 from sparsifiner.layout import TokenLayout
 from sparsifiner.scorers import BorrowingScorer, LowRankScorer, Scorer, SharedLists, make_scorer
+from sparsifiner.standin import StandIn
 from sparsifiner.tokens.blocks import SHARED_BLOCK_MODULES, TokenBlock, TokenBlocks
 
 _logger = logging.getLogger(__name__)
@@ -31,7 +33,8 @@ def sparsify(
     """Makes the attention of a timm `VisionTransformer` sparse, in place, keeping its weights.
 
     On a sparse model it changes only the configuration: options alone change the one that it has, and
-    scorers of the same kind keep their weights in every layer that scores before and after.
+    scorers of the same kind keep their weights in every layer that scores before and after. Layers count as
+    they are in the model now, whatever was removed or moved since the last call.
 
     Args:
         model: a plain timm Vision Transformer; `why_not(model)` says whether it will do.
@@ -51,7 +54,85 @@ def sparsify(
     Example:
         >>> model = sparsify(timm.create_model("deit_small_patch16_224"), keep=0.1)
     """
-    config = _resolve_config(model, config, preset, options)
+    plan = plan_sparsity(model, _resolve_config(model, config, preset, options))
+    for warning in plan.warnings:  # which may be errors: the model is as it was
+        warnings.warn(warning, stacklevel=2)
+    plan.carry_out()
+    if plan.native.tokens < plan.config.min_tokens:
+        _logger.info(
+            "sparsifiner: layers stay dense at the native %d tokens (min_tokens=%d)",
+            plan.native.tokens,
+            plan.config.min_tokens,
+        )
+    return model
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer.
+
+    Attributes:
+        layer: the layer, new or the one that is there.
+        scorer: its scorer, likewise.
+        lists: where it puts lists for the layers behind, None where there are none.
+        borrowed: where it takes its lists from, see `BorrowingScorer.borrow`; None where it scores.
+    """
+
+    layer: SparseAttention
+    scorer: Scorer
+    lists: SharedLists | None
+    borrowed: tuple[SharedLists, int, bool] | None
+
+
+@dataclass(frozen=True)
+class SparsityPlan:
+    """All that `sparsify` is about to do; until `carry_out` the model is as it was.
+
+    Attributes:
+        model: the model.
+        config: what its layers will do.
+        native: its tokens.
+        grid: where its layers will look for the grid.
+        layers: one for each block.
+        blocks: those that drop tokens, new or those that are there; None for the model's own.
+        warnings: what the user should know.
+    """
+
+    model: VisionTransformer
+    config: SparsifyConfig
+    native: TokenLayout
+    grid: CurrentGrid
+    layers: list[LayerPlan]
+    blocks: TokenBlocks | None
+    warnings: list[str]
+
+    def carry_out(self) -> None:
+        """Changes the model; there is nothing left that could fail."""
+        model, depth = self.model, len(self.layers)
+        if self.blocks is None:
+            _put_back(model, TokenBlocks)
+            _put_back(model, TokenBlock)
+        else:
+            model.blocks = self.blocks
+        for index, (block, plan) in enumerate(zip(model.blocks, self.layers, strict=True)):
+            block.attn, plan.layer.scorer, plan.layer.lists = plan.layer, plan.scorer, plan.lists
+            if plan.borrowed is not None:
+                cast("BorrowingScorer", plan.scorer).borrow(*plan.borrowed)
+            plan.layer.grid = self.grid
+            plan.layer.configure(self.config, index, depth)
+        self.grid.attach()
+
+
+def plan_sparsity(model: nn.Module, config: SparsifyConfig) -> SparsityPlan:
+    """Builds everything that a model needs to become sparse, and leaves the model as it is.
+
+    Args:
+        model: dense or sparse.
+        config: what its layers shall do.
+
+    Raises:
+        ValueError: the model cannot be converted, or the configuration does not fit it.
+    """
     reasons = why_not(model)
     if reasons:
         raise ValueError(
@@ -63,65 +144,56 @@ def sparsify(
             f"keep has {len(config.keep)} entries, but the model has {len(model.blocks)} layers; "
             "give one number, or one per layer"
         )
-
     _check_tokens(model, config)
-    sparse_before = sparse_layers(model, required=False)
-    grid = sparse_before[0].grid if sparse_before else CurrentGrid(model)
+    grids = (layer.grid for layer in sparse_layers(model, required=False) if layer.grid.model is model)
+    grid = next(grids, None) or CurrentGrid(model)
     native = TokenLayout(grid.native(), model.num_prefix_tokens)
-    try:
-        replaced = _make_layers(model, config, grid, native)
-    except BaseException:
-        if not sparse_before:
-            grid.remove()
-        raise
-    # nothing fails from here on, so that a model is converted as a whole or not at all
-    untrained = False
-    for block, (layer, scorer, lists) in zip(model.blocks, replaced, strict=True):
-        untrained |= isinstance(scorer, LowRankScorer) and getattr(block.attn, "scorer", None) is not scorer
-        block.attn, layer.scorer, layer.lists = layer, scorer, lists
-        layer.configure(config)
-    _arrange_blocks(model, config, native)
-    if untrained:
-        warnings.warn(
-            "the low-rank scorer is untrained and chooses keys by chance: load trained weights, or train it",
-            stacklevel=2,
+    layers = _plan_layers(model, config, grid, native)
+    untrained: list[str] = []
+    for block, plan in zip(model.blocks, layers, strict=True):
+        new = getattr(block.attn, "scorer", None) is not plan.scorer
+        if new and isinstance(plan.scorer, LowRankScorer) and not untrained:
+            untrained.append(
+                "the low-rank scorer is untrained and chooses keys by chance: load trained weights, "
+                "or train it"
+            )
+    blocks, predicts_by_chance = _plan_blocks(model, config, native, layers)
+    if predicts_by_chance:
+        untrained.append(
+            "the token predictor is untrained and drops tokens by chance: load trained weights, or train it"
         )
-    if native.tokens < config.min_tokens:
-        _logger.info(
-            "sparsifiner: layers stay dense at the native %d tokens (min_tokens=%d)",
-            native.tokens,
-            config.min_tokens,
-        )
-    return cast("Model", model)
+    return SparsityPlan(model, config, native, grid, layers, blocks, untrained)
 
 
-def _make_layers(
+def _plan_layers(
     model: VisionTransformer, config: SparsifyConfig, grid: CurrentGrid, native: TokenLayout
-) -> list[tuple[SparseAttention, Scorer, SharedLists | None]]:
-    """The sparse layer of each block, its scorer, and where it puts lists for the layers behind."""
-    made: list[tuple[SparseAttention, Scorer, SharedLists | None]] = []
+) -> list[LayerPlan]:
+    """The sparse layer of each block, its scorer, and where lists go and come from."""
+    plans: list[LayerPlan] = []
     depth = len(model.blocks)
     lists: SharedLists | None = None
     for index, layer in enumerate(block.attn for block in model.blocks):
-        scores = index % config.share == 0
-        if scores:
+        place = index % config.share
+        if not place:
             lists = SharedLists() if index + 1 < depth and config.share > 1 else None
-        if isinstance(layer, SparseAttention) and _keeps_scorer(layer, config, scores):
-            has_them = layer.config.share == config.share
-            made.append((layer, layer.scorer, layer.lists if has_them else lists))
-            continue
-        scorer: Scorer
-        if scores:
-            scorer = make_scorer(config, index, native, layer.num_heads, layer.head_dim)
-        else:
+        borrowed = None
+        if place:
             assert lists is not None
-            scorer = BorrowingScorer(lists, index + 1 == depth or (index + 1) % config.share == 0)
-        place = _place_of(layer)
-        scorer = scorer.to(device=place.device, dtype=place.dtype).train(layer.training)
+            borrowed = (lists, place, index + 1 == depth or place + 1 == config.share)
+        scorer: Scorer
+        if isinstance(layer, SparseAttention) and _keeps_scorer(layer, config, borrowed is None):
+            scorer = layer.scorer
+        else:
+            if borrowed is None:
+                scorer = make_scorer(config, index, native, layer.num_heads, layer.head_dim)
+            else:
+                scorer = BorrowingScorer(*borrowed)
+            like = _place_of(layer)
+            scorer = scorer.to(device=like.device, dtype=like.dtype).train(layer.training)
         if not isinstance(layer, SparseAttention):
             layer = SparseAttention(layer, scorer, grid, model.num_prefix_tokens, index, depth, config)
-        made.append((layer, scorer, lists if scores else None))
-    return made
+        plans.append(LayerPlan(layer, scorer, lists if borrowed is None else None, borrowed))
+    return plans
 
 
 @contextmanager
@@ -148,16 +220,19 @@ def desparsify(model: Model) -> Model:
     Returns:
         The same model, its original attention modules back in their places.
     """
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, TokenBlocks):
-                setattr(module, name, child.dense_blocks())
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, SparseAttention):
-                child.grid.remove()
-                setattr(module, name, child.dense_module())
+    for layer in sparse_layers(model, required=False):
+        layer.grid.remove()
+    for kind in (TokenBlocks, TokenBlock, SparseAttention):
+        _put_back(model, kind)
     return model
+
+
+def _put_back(model: nn.Module, kind: type[StandIn]) -> None:
+    """Puts the modules back in whose places those of a kind stand."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, kind):
+                setattr(module, name, child.dense_module())
 
 
 def why_not(model: nn.Module) -> list[str]:
@@ -206,6 +281,8 @@ def _reason_against_block(block: nn.Module, attentions: Collection[type[nn.Modul
         return ""
     if type(attn) not in attentions:
         return f"has a {type(attn).__name__} where an Attention is needed"
+    if isinstance(attn, StandIn):
+        return ""
     assert isinstance(attn, nn.Module)
     own = _own_parts(attn, SHARED_MODULES)
     return own and f"has an attention with {own}, which would be lost"
@@ -216,7 +293,10 @@ def _own_parts(module: nn.Module, known: Collection[str]) -> str:
     if "forward" in vars(module):
         return "a forward of its own"
     names = [name for name, _ in module.named_children() if name not in known]
-    return f"modules of its own: {', '.join(names)}" if names else ""
+    if names:
+        return f"modules of its own: {', '.join(names)}"
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return f"tensors of its own: {', '.join(name for name, _ in own)}" if own else ""
 
 
 def sparse_layers(model: nn.Module, *, required: bool = True) -> list[SparseAttention]:
@@ -258,40 +338,30 @@ def _check_tokens(model: VisionTransformer, config: SparsifyConfig) -> None:
     config.tokens.counts(len(model.blocks), 1, model.num_prefix_tokens)  # names blocks that are not there
 
 
-def _arrange_blocks(model: VisionTransformer, config: SparsifyConfig, native: TokenLayout) -> None:
-    """Gives the model blocks that drop tokens as configured, or those that it came with."""
-    learned: dict[int, dict[str, Tensor]] = {}
-    if isinstance(model.blocks, TokenBlocks):
-        if model.blocks.method == config.tokens:
-            return
-        learned = {
-            index: block.reducer.state_dict()
-            for index, block in enumerate(model.blocks)
-            if isinstance(block, TokenBlock) and block.reducer is not None
-        }
-        model.blocks = model.blocks.dense_blocks()
-    if config.tokens is None:
-        return
-    blocks, layers = [], sparse_layers(model)
-    depth, untrained = len(layers), False
-    for index, block in enumerate(model.blocks):
-        reducer = config.tokens.reducer(index, depth, model.embed_dim, native.patches)
+def _plan_blocks(
+    model: VisionTransformer, config: SparsifyConfig, native: TokenLayout, layers: list[LayerPlan]
+) -> tuple[TokenBlocks | None, bool]:
+    """Blocks that drop tokens as configured, None for none; and whether any of them has new weights."""
+    present, method = model.blocks, config.tokens
+    if method is None:
+        return None, False
+    if isinstance(present, TokenBlocks) and present.method == method and present.is_as_planned:
+        return present, False
+    blocks, untrained = [], False
+    for index, (block, plan) in enumerate(zip(present, layers, strict=True)):
+        reducer = method.reducer(index, len(layers), model.embed_dim, native.patches)
         if reducer is not None:
-            place = _place_of(layers[index])
-            reducer = reducer.to(device=place.device, dtype=place.dtype).train(block.training)
-            before, own = learned.get(index, {}), reducer.state_dict()
+            like = _place_of(plan.layer)
+            reducer = reducer.to(device=like.device, dtype=like.dtype).train(block.training)
+            learned = getattr(block, "reducer", None)
+            before, own = {} if learned is None else learned.state_dict(), reducer.state_dict()
             if {name: each.shape for name, each in before.items()} == {n: e.shape for n, e in own.items()}:
                 reducer.load_state_dict(before)
             else:
                 untrained = True
-        assert isinstance(block, Block | ResPostBlock)
-        blocks.append(TokenBlock(block, reducer))
-    model.blocks = TokenBlocks(model.blocks, blocks, config.tokens)
-    if untrained:
-        warnings.warn(
-            "the token predictor is untrained and drops tokens by chance: load trained weights, or train it",
-            stacklevel=3,
-        )
+        assert isinstance(block, Block | ResPostBlock | TokenBlock)
+        blocks.append(TokenBlock(block, plan.layer, reducer))
+    return TokenBlocks(present, blocks, method), untrained
 
 
 def _resolve_config(
@@ -314,9 +384,6 @@ def _resolve_config(
 def _keeps_scorer(layer: SparseAttention, config: SparsifyConfig, scores: bool) -> bool:
     """Whether a layer keeps its scorer, given whether it scores or takes the lists of another."""
     if isinstance(layer.scorer, BorrowingScorer) is scores:
-        return False
-    # groups of another size have other lists to take
-    if not scores and layer.config.share != config.share:
         return False
     if any(getattr(layer.config, name) != getattr(config, name) for name in _SHAPING_FIELDS):
         return False

@@ -108,6 +108,11 @@ def test_unlisted_keys_are_never_read():
     assert torch.isfinite(sparse_attention(q, k, v, connectivity, backend="torch")).all()
 
 
+def masked_attention(*inputs, fused):
+    assert fused  # the mask is for fused kernels
+    return masked.sparse_attention(*inputs)
+
+
 @pytest.mark.parametrize("patches", [4, 62, 196])
 @pytest.mark.parametrize("summary", [None, 2])
 def test_mask_for_short_inputs_within_fp64_budget(patches, summary, monkeypatch):
@@ -121,7 +126,7 @@ def test_mask_for_short_inputs_within_fp64_budget(patches, summary, monkeypatch)
             for dtype in (torch.float32, torch.float64)
         ]
         with monkeypatch.context() as patch:
-            patch.setattr(torch_backend, "sparse_attention", masked.sparse_attention)
+            patch.setattr(torch_backend, "sparse_attention", masked_attention)
             actual = forward_and_gradients("torch", inputs, connectivity, summary, upstream)
         terms = largest_terms(inputs, upstream, inputs[0].shape[-1] ** -0.5)
         for quantities in zip(actual, *expected, terms, strict=True):

@@ -12,29 +12,40 @@ from sparsifiner.files import check_absent, write_aside
 from sparsifiner.patch import sparse_layers
 
 _KEY = "sparsifiner"
+_SCORER_TENSORS = {
+    *("native_grid", "down", "up"),
+    *(f"{projection}.{name}" for projection in ("query", "key") for name in ("weight", "bias")),
+}
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Writes the configuration of a sparse model and the weights of its scorers, if they have any.
 
     Args:
-        model: a sparse model.
+        model: a sparse model, or a wrapper around one: weights have the names that the model gives them.
         path: a .safetensors file that is not there yet.
 
     Raises:
         FileExistsError: there is such a file.
-        ValueError: the model is not sparse, has predictors of tokens, or `path` has another ending.
+        ValueError: the model is not sparse, has predictors of tokens or scorers with parts of a wrapper, or
+            `path` has another ending.
     """
     path = check_new(path)
+    layer = sparse_layers(model)[0]
+    model = layer.grid.model
     if any(is_predictor(name) for name, _ in model.named_parameters()):
         raise ValueError(
             "model has DynamicViT's predictors, which are trained with the backbone and belong to its "
             "weights; save model.state_dict() instead"
         )
-    config = sparse_layers(model)[0].config
     scorers = {name: tensor.detach().cpu().contiguous() for name, tensor in scorer_weights(model).items()}
+    strange = [name for name in scorers if name.rpartition(".scorer.")[2] not in _SCORER_TENSORS]
+    if strange:
+        raise ValueError(
+            f"model has scorers with parts of a wrapper, such as {strange[0]}; merge or remove the wrapper"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {_KEY: json.dumps(config_to_dict(config))}
+    metadata = {_KEY: json.dumps(config_to_dict(layer.config))}
     write_aside(path, lambda file: save_file(scorers, file, metadata))
 
 

@@ -6,12 +6,14 @@ from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sparsifiner.attention import merge_heads, split_heads, take_over
+from sparsifiner.attention import SHARED_MODULES, merge_heads, split_heads, take_over
 from sparsifiner.connectivity import exact_ratio
 from sparsifiner.layout import TokenLayout
+from sparsifiner.ops.dense import dense_attention
+from sparsifiner.standin import StandIn
 
 
-class LinformerAttention(nn.Module):
+class LinformerAttention(StandIn):
     """Takes the place of a timm `Attention`, built from its submodules.
 
     ```
@@ -32,10 +34,13 @@ class LinformerAttention(nn.Module):
         heads of a layer.
     """
 
+    SHARED_MODULES = SHARED_MODULES
+
     num_heads: int
     head_dim: int
     attn_dim: int
     scale: float
+    fused_attn: bool
     qkv: nn.Linear
 
     def __init__(self, dense: Attention, layout: TokenLayout, size: int) -> None:
@@ -63,7 +68,7 @@ class LinformerAttention(nn.Module):
         q, k, v = split_heads(self, self.qkv(x))
         k = torch.cat([k[:, :, : self.prefix], self.key_mixture.to(k.dtype).mT @ k[:, :, self.prefix :]], 2)
         v = torch.cat([v[:, :, : self.prefix], self.value_mixture.to(v.dtype).mT @ v[:, :, self.prefix :]], 2)
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        out = dense_attention(q, k, v, self.scale, fused=self.fused_attn)
         return merge_heads(self, x, out)
 
     def macs(self, layout: TokenLayout) -> tuple[int, int, int]:

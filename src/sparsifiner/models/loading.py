@@ -2,7 +2,8 @@
 
 import difflib
 import pickle
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
+from sparsifiner.attention import SparseAttention, rename_released_keys
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.models.adapter import is_predictor, is_scorer, read_adapter_config
-from sparsifiner.patch import about_to_train, desparsify, sparse_layers, sparsify
+from sparsifiner.patch import about_to_train, plan_sparsity, sparsify
+from sparsifiner.scorers import LowRankScorer
 
 _SHOWN_KEYS = 3
 _RELEASED = ".mask_predictor."  # the scorer's name in released checkpoints
@@ -81,8 +84,11 @@ def load_model(
             state = _resampled(state, model)
         _load_checked(model, state, f"weights={str(weights)!r}", may_resample=not resample)
     if scorers is not None:
-        backbone = {key: value for key, value in model.state_dict().items() if key not in scorers}
-        _load_checked(model, {**backbone, **scorers}, f"adapter={str(adapter)!r}")
+        learning = {
+            f"{name}.": module for name, module in model.named_modules() if isinstance(module, LowRankScorer)
+        }
+        _check_scorers(learning, scorers, f"adapter={str(adapter)!r}")
+        _load_scorers(learning, scorers)
     return model.eval()
 
 
@@ -155,23 +161,18 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
             "configuration they were trained with: load_model(name, config=..., weights=..., adapter=...)"
         )
     scorers = _read_adapter(path, config)
-    sparse = sparse_layers(model, required=False)
-    changed: list[nn.Module] = []
-    if sparse:  # the model for its blocks, which may drop tokens
-        changed = [model, *sparse, *(layer.scorer for layer in sparse)]
-    before = [(module, dict(module.__dict__), dict(module._modules)) for module in changed]
-    try:
-        with about_to_train(predictor=False):  # the scorer's weights are about to come
-            sparsify(model, config)
-        backbone = {key: value for key, value in model.state_dict().items() if not is_scorer(key)}
-        _load_checked(model, {**backbone, **scorers}, f"path={str(path)!r}")
-    except ValueError:
-        if not before:
-            desparsify(model)
-        for module, attributes, children in before:
-            module.__dict__.update(attributes)
-            module._modules.update(children)
-        raise
+    plan = plan_sparsity(model, config)
+    learning = {
+        f"blocks.{index}.attn.scorer.": layer.scorer
+        for index, layer in enumerate(plan.layers)
+        if isinstance(layer.scorer, LowRankScorer)
+    }
+    _check_scorers(learning, scorers, f"path={str(path)!r}")
+    with about_to_train(predictor=False):  # the scorer's weights are about to come
+        for warning in plan.warnings:
+            warnings.warn(warning, stacklevel=2)
+    plan.carry_out()
+    _load_scorers(learning, scorers)
     return model
 
 
@@ -213,43 +214,76 @@ def _load_checked(
     model: nn.Module, state: dict[str, Tensor], source: str, *, may_resample: bool = False
 ) -> None:
     """Loads a state whole, or says what does not fit and leaves the model as it was."""
-    own = model.state_dict()
-    wrong_shape = [
-        f"{key} is {list(value.shape)} in the file and {list(own[key].shape)} in the model"
-        for key, value in state.items()
-        if key in own and not _fits(key, value, own[key])
-    ]
-    if wrong_shape:
+    state = dict(state)
+    own, scorers = model.state_dict(), {}
+    for name, module in model.named_modules():
+        if isinstance(module, SparseAttention):
+            rename_released_keys(module, state, f"{name}.")
+        if isinstance(module, LowRankScorer):
+            scorers[f"{name}."] = module
+    problems = _misfits(own, scorers, state)
+    if problems:
         hint = ", or give --resample if only the image or patch size differs" if may_resample else ""
         raise ValueError(
-            f"{source} does not fit the model: {_shorten(wrong_shape)}; "
+            f"{source} does not fit the model: {_shorten(problems)}; "
             f"set --model-args and --img-size to those that it was made with{hint}"
         )
-    if not any(_RELEASED in key for key in state):  # loading renames these
-        _check_names([key for key in own if key not in state], state.keys() - own.keys(), state, source)
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # shapes under other names, or of a scorer that does not tell its grid
-        lines = str(error).splitlines()[1:]
-        raise ValueError(f"{source} does not fit the model: {_shorten(lines)}") from error
-    _check_names(missing, unexpected, state, source)
-
-
-def _fits(key: str, value: Tensor, own: Tensor) -> bool:
-    """Whether the shape is right; a scorer takes over the number of tokens that its weights are for."""
-    if is_scorer(key) and key.rpartition(".")[2] in {"down", "up"}:
-        return value.shape[1:] == own.shape[1:]
-    return value.shape == own.shape
-
-
-def _check_names(
-    missing: Iterable[str], unexpected: Iterable[str], state: dict[str, Tensor], source: str
-) -> None:
-    missing = [key for key in missing if not key.endswith(".scorer.native_grid")]  # older files do not tell
+    missing = [key for key in own if key not in state]
     if not _holds_scorer(state):  # dense weights have no scorer: that is what training adds
         missing = [key for key in missing if not is_scorer(key)]
     if not any(is_predictor(key) for key in state):
         missing = [key for key in missing if not is_predictor(key)]
+    _check_names(missing, state.keys() - own.keys(), source)
+    model.load_state_dict(state, strict=False)
+
+
+def _check_scorers(scorers: Mapping[str, LowRankScorer], state: Mapping[str, Tensor], source: str) -> None:
+    """Checks that a state is the whole state of these scorers, whose names begin with the keys."""
+    own = {
+        prefix + name: tensor
+        for prefix, scorer in scorers.items()
+        for name, tensor in scorer.state_dict().items()
+    }
+    problems = _misfits(own, scorers, state)
+    if problems:
+        raise ValueError(f"{source} does not fit the model: {_shorten(problems)}")
+    _check_names([key for key in own if key not in state], state.keys() - own.keys(), source)
+
+
+def _load_scorers(scorers: Mapping[str, LowRankScorer], state: Mapping[str, Tensor]) -> None:
+    for prefix, scorer in scorers.items():
+        own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        scorer.load_state_dict(own)
+
+
+def _misfits(
+    own: Mapping[str, Tensor], scorers: Mapping[str, LowRankScorer], state: Mapping[str, Tensor]
+) -> list[str]:
+    """What of a state does not fit the tensors of the same names; scorers take over the size of theirs."""
+    problems: list[str] = []
+    sized: set[str] = set()
+    for prefix, scorer in scorers.items():
+        sized.update(prefix + name for name in ("native_grid", "down", "up"))
+        try:
+            scorer.layout_of(state, prefix)
+        except ValueError as error:
+            problems.append(str(error))
+    for key in state.keys() & own.keys():
+        there, here = state[key], own[key]
+        if key not in sized and there.shape != here.shape:
+            problems.append(f"{key} is {list(there.shape)} in the file and {list(here.shape)} in the model")
+        elif _kind(there) != _kind(here):
+            problems.append(f"{key} is {there.dtype} in the file and {here.dtype} in the model")
+    return sorted(problems)
+
+
+def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
+    """Kinds of numbers that stay what they are in each other's place."""
+    return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
+
+
+def _check_names(missing: Iterable[str], unexpected: Iterable[str], source: str) -> None:
+    missing = [key for key in missing if not key.endswith(".scorer.native_grid")]  # older files do not tell
     problems = [f"{key} is missing from the file" for key in missing]
     problems += [f"{key} is unknown to the model" for key in sorted(unexpected)]
     if problems:

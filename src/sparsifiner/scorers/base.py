@@ -100,6 +100,9 @@ class Scorer(nn.Module):
     def configure(self, config: SparsifyConfig) -> None:
         """Takes over options that do not shape parameters; most scorers have none."""
 
+    def place_at(self, layer: int) -> None:
+        """Takes over the index of the layer that it scores for; most scorers do not depend on it."""
+
     @abstractmethod
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """Multiply-accumulates per image of everything that the scorer multiplies."""

@@ -1,5 +1,6 @@
 """The paper's connectivity predictor: a learned low-rank sketch of the attention map."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -75,6 +76,34 @@ class LowRankScorer(Scorer):
         self.coef_topk = config.coef_topk
         self.basis_threshold = config.basis_threshold
         self.temperature = self.num_heads**-0.5 if config.legacy else self.query.out_features**-0.5
+
+    def layout_of(self, state: Mapping[str, Tensor], prefix: str) -> TokenLayout:
+        """Tokens that the weights of a state dict are for; those that it lacks are the ones of now.
+
+        Args:
+            state: the state dict.
+            prefix: what it puts before the names.
+
+        Raises:
+            ValueError: `native_grid` is no grid, or W_down or W_up do not have its size.
+        """
+        grid: list[int] = list(self.native_layout.grid)
+        told = state.get(prefix + "native_grid")
+        if told is not None:
+            is_whole = not (told.is_floating_point() or told.is_complex() or told.dtype == torch.bool)
+            if not is_whole or told.shape != (2,) or told.amin() < 1:
+                raise ValueError(f"{prefix}native_grid must be height and width of a grid, got {told}")
+            grid = told.tolist()
+        layout = TokenLayout((grid[0], grid[1]), self.native_layout.prefix)
+        for name in ("down", "up"):
+            own: Tensor = getattr(self, name)
+            shape = list(state.get(prefix + name, own).shape)
+            if shape != [layout.tokens, own.shape[1]]:
+                raise ValueError(
+                    f"{prefix}{name} is {shape}, but a grid of {grid[0]}x{grid[1]} patches after "
+                    f"{layout.prefix} prefix tokens asks for {[layout.tokens, own.shape[1]]}"
+                )
+        return layout
 
     def reset_parameters(self) -> None:
         """Truncated normal of standard deviation .02, biases 0."""
@@ -268,15 +297,27 @@ def _affine_map(projection: nn.Module, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _adopt_native_size(
-    module: LowRankScorer, state_dict: dict[str, Any], prefix: str, *unused: object
+    module: LowRankScorer,
+    state_dict: dict[str, Any],
+    prefix: str,
+    metadata: object,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
 ) -> None:
-    """Takes over the native grid of weights that were made at another image size."""
-    key = prefix + "native_grid"
-    if prefix + "up" not in state_dict:
+    """Takes over the native grid of weights that were made at another image size, if all of them fit it."""
+    own = {prefix + name: getattr(module, name) for name in ("native_grid", "down", "up")}
+    if not own.keys() & state_dict.keys():
         return
-    state_dict.setdefault(key, module.native_grid)  # released checkpoints do not tell
-    height, width = state_dict[key].tolist()
-    layout = TokenLayout((int(height), int(width)), module.native_layout.prefix)
+    if prefix + "up" in state_dict:  # released checkpoints do not tell
+        state_dict.setdefault(prefix + "native_grid", module.native_grid)
+    try:
+        layout = module.layout_of(state_dict, prefix)
+    except ValueError as error:
+        errors.append(str(error))
+        state_dict.update(own)  # loaded into themselves, these stay as they are
+        return
     if layout != module.native_layout:
         module.native_layout = layout
         for weight in (module.down, module.up):

@@ -75,6 +75,10 @@ class RandomScorer(_FixedScorer):
         """See `Scorer.configure`."""
         self.seed = config.seed
 
+    def place_at(self, layer: int) -> None:
+        """See `Scorer.place_at`."""
+        self.layer = layer
+
     def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
         N, H = spec.layout.tokens, q.shape[1]
@@ -116,6 +120,10 @@ class BigBirdScorer(_FixedScorer):
     def configure(self, config: SparsifyConfig) -> None:
         """See `Scorer.configure`."""
         self.random.configure(config)
+
+    def place_at(self, layer: int) -> None:
+        """See `Scorer.place_at`."""
+        self.random.place_at(layer)
 
     def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""

@@ -19,19 +19,25 @@ class SharedLists:
     def put(self, connectivity: Connectivity | None) -> None:
         """Holds lists for the layers behind, which have other keys and values; None lets them go."""
         self._call.connectivity = None if connectivity is None else connectivity.alone()
+        self._call.taken = 0
 
-    def get(self) -> Connectivity:
+    def take(self, place: int) -> Connectivity:
         """The lists of this thread's call.
 
+        Args:
+            place: of the layer that takes them in its group; 1 comes right behind the one that scores.
+
         Raises:
-            RuntimeError: no layer in front has scored in this call.
+            RuntimeError: the layers of the group in front have not been called before this one.
         """
         connectivity = getattr(self._call, "connectivity", None)
-        if connectivity is None:
+        if connectivity is None or self._call.taken != place - 1:
             raise RuntimeError(
-                "the layer that scores for this one has not been called before it; call the whole model, and "
-                "do not combine share with gradient checkpointing, which calls later layers first"
+                "the layer that scores for this one has not been called before it, or one between them; call "
+                "the whole model, sparsifiner.sparsify(model) again once layers were removed or changed "
+                "places, and torch.utils.checkpoint with all layers that share lists at once"
             )
+        self._call.taken = place
         assert isinstance(connectivity, Connectivity)
         return connectivity
 
@@ -49,12 +55,18 @@ class BorrowingScorer(Scorer):
 
     Args:
         lists: where they are.
+        place: of the layer in its group, from 1.
         is_last: whether no layer behind wants them.
     """
 
-    def __init__(self, lists: SharedLists, is_last: bool) -> None:
+    def __init__(self, lists: SharedLists, place: int, is_last: bool) -> None:
         super().__init__()
+        self.borrow(lists, place, is_last)
+
+    def borrow(self, lists: SharedLists, place: int, is_last: bool) -> None:
+        """Changes where the lists come from."""
         self.lists = lists
+        self.place = place
         self.is_last = is_last
 
     def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
@@ -68,7 +80,7 @@ class BorrowingScorer(Scorer):
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> Connectivity:
         """See `Scorer.forward`: the lists that are there."""
-        connectivity = self.lists.get()
+        connectivity = self.lists.take(self.place)
         if self.is_last:
             self.lists.put(None)
         return connectivity
@@ -79,4 +91,4 @@ class BorrowingScorer(Scorer):
 
     def extra_repr(self) -> str:
         """Place in the group."""
-        return f"is_last={self.is_last}"
+        return f"place={self.place}, is_last={self.is_last}"

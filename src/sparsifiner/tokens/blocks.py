@@ -7,6 +7,7 @@ from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention
+from sparsifiner.standin import StandIn
 from sparsifiner.tokens.method import TokenMethod, TokenReducer
 from sparsifiner.tokens.state import TokenState
 
@@ -14,13 +15,16 @@ from sparsifiner.tokens.state import TokenState
 SHARED_BLOCK_MODULES = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 
 
-class TokenBlock(nn.Module):
+class TokenBlock(StandIn):
     """Takes the place of a timm block, built from its submodules, and drops or merges tokens.
 
     Args:
-        dense: the block; its attention is a `SparseAttention`, which tells queries and keys.
+        present: the block, or another that stands in for it.
+        attention: tells queries and keys, besides attending.
         reducer: what happens to the tokens, None for nothing.
     """
+
+    SHARED_MODULES = SHARED_BLOCK_MODULES
 
     norm1: nn.Module
     attn: SparseAttention
@@ -31,15 +35,17 @@ class TokenBlock(nn.Module):
     ls2: nn.Module
     drop_path2: nn.Module
 
-    def __init__(self, dense: Block | ResPostBlock, reducer: TokenReducer | None) -> None:
+    def __init__(
+        self,
+        present: "Block | ResPostBlock | TokenBlock",
+        attention: SparseAttention,
+        reducer: TokenReducer | None,
+    ) -> None:
         super().__init__()
-        for name in SHARED_BLOCK_MODULES:
-            if hasattr(dense, name):
-                setattr(self, name, getattr(dense, name))
-        self.normalises_after = isinstance(dense, ResPostBlock)
+        self.stand_in_for(present)
+        self.attn = attention
+        self.normalises_after = isinstance(self._dense[0], ResPostBlock)
         self.reducer = reducer
-        self._dense = (dense,)  # in a tuple: not a child, its weights are this module's already
-        self.training = dense.training
 
     def forward(
         self,
@@ -62,8 +68,8 @@ class TokenBlock(nn.Module):
         if state is None:
             raise ValueError(
                 "blocks with token sparsity cannot be called one by one, as gradient checkpointing, "
-                "forward_intermediates and attention masks do: call model.set_grad_checkpointing(False) and "
-                "the whole model without a mask, or "
+                "forward_intermediates, torch.fx and attention masks do: call "
+                "model.set_grad_checkpointing(False) and the whole model without a mask, or "
                 "sparsifiner.sparsify(model, tokens=None)"
             )
         if self.reducer is not None:
@@ -78,30 +84,26 @@ class TokenBlock(nn.Module):
             return x + self.drop_path2(self.norm2(self.mlp(x))), state
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), state
 
-    def dense_block(self) -> Block | ResPostBlock:
-        """The block that this one replaced, with the submodules of now."""
-        dense = self._dense[0]
-        for name in SHARED_BLOCK_MODULES:
-            if hasattr(self, name):
-                setattr(dense, name, getattr(self, name))
-        dense.training = self.training
-        return dense
 
-
-class TokenBlocks(nn.Sequential):
+class TokenBlocks(StandIn, nn.Sequential):
     """Takes the place of a timm model's blocks, with the same children, and starts the state of each call.
 
     Args:
-        dense: the blocks that it replaces.
+        present: the blocks that it replaces, or those that stand in for them.
         blocks: one for each of them.
         method: what they do.
     """
 
-    def __init__(self, dense: nn.Sequential, blocks: Sequence[TokenBlock], method: TokenMethod) -> None:
-        super().__init__(*blocks)
+    def __init__(self, present: nn.Sequential, blocks: Sequence[TokenBlock], method: TokenMethod) -> None:
+        nn.Sequential.__init__(self, *blocks)
+        self.stand_in_for(present)
         self.method = method
-        self._dense = (dense,)  # in a tuple: not a child
-        self.training = dense.training
+        self._planned = tuple(blocks)
+
+    @property
+    def is_as_planned(self) -> bool:
+        """Whether no block was removed, replaced or moved, so that each does its part of the method."""
+        return tuple(self) == self._planned
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, N, C] of the whole image to those that are left."""
@@ -117,12 +119,14 @@ class TokenBlocks(nn.Sequential):
         if not isinstance(index, slice):
             return super().__getitem__(index)
         blocks = [cast("TokenBlock", block) for block in self][index]
-        return TokenBlocks(nn.Sequential(*(block.dense_block() for block in blocks)), blocks, self.method)
+        part = TokenBlocks(nn.Sequential(), blocks, self.method)
+        part._planned = self._planned
+        return part
 
-    def dense_blocks(self) -> nn.Sequential:
-        """The blocks that these replaced, with the submodules of now."""
-        dense = self._dense[0]
-        for index, block in enumerate(self):
-            dense[index] = cast("TokenBlock", block).dense_block()
-        dense.training = self.training
+    def dense_module(self) -> nn.Module:
+        """The blocks that these stand in for, with the submodules of now."""
+        dense = super().dense_module()
+        dense._modules.clear()
+        for name, block in self.named_children():
+            dense.add_module(name, block.dense_module() if isinstance(block, TokenBlock) else block)
         return dense

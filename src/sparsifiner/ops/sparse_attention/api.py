@@ -57,7 +57,7 @@ def sparse_attention(
     Source:
         Wei et al., "Sparsifiner", CVPR 2023, section 3.3; tiles and summaries are ours.
     """
-    return _attend(q, k, v, connectivity, None, summary, scale, backend)
+    return _attend(q, k, v, connectivity, None, summary, scale, backend, fused=True)
 
 
 def attend_scored(
@@ -68,10 +68,15 @@ def attend_scored(
     summary: int | None = None,
     scale: float | None = None,
     backend: str = "auto",
+    *,
+    fused: bool = True,
 ) -> Tensor:
-    """As `sparse_attention`, by lists that a scorer made from these very keys, values and windows."""
+    """As `sparse_attention`, by lists that a scorer made from these very keys, values and windows.
+
+    Without `fused` gradients can be differentiated again: where they are wanted no fused kernel computes.
+    """
     means = connectivity.window_means if isinstance(connectivity, ScoredLists) and summary else None
-    return _attend(q, k, v, connectivity, means, summary, scale, backend)
+    return _attend(q, k, v, connectivity, means, summary, scale, backend, fused=fused)
 
 
 def _attend(
@@ -83,6 +88,8 @@ def _attend(
     summary: int | None,
     scale: float | None,
     backend: str,
+    *,
+    fused: bool,
 ) -> Tensor:
     _check(q, k, v, connectivity, summary)
     if not connectivity.indices.shape[-1]:  # no backend has to know lists without a slot
@@ -90,15 +97,15 @@ def _attend(
         connectivity = replace(connectivity, indices=empty, check=False, ascending=True)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = resolve_backend(backend, "sparse_attention", q.device, _why_not(q, connectivity, summary))
-    if chosen == "cpu" and _wants_gradients(q, k, v):
-        if not torch.compiler.is_compiling():  # compiled code cannot log
+    if (chosen == "cpu" or (backend == "auto" and not fused)) and _wants_gradients(q, k, v):
+        if chosen == "cpu" and not torch.compiler.is_compiling():  # compiled code cannot log
             _say_torch_has_the_gradients()
         chosen = "torch"
     with without_autocast(q.device):
         if chosen == "reference":
             return reference.sparse_attention(q, k, v, connectivity, summary, scale)
         if chosen == "torch":
-            return torch_backend.sparse_attention(q, k, v, connectivity, summary, scale)
+            return torch_backend.sparse_attention(q, k, v, connectivity, summary, scale, fused=fused)
         geometry = (*connectivity.grid, connectivity.prefix, connectivity.tile, summary or 0)
         if chosen == "cpu":
             native: Tensor = operators.attend_cpu(q, k, v, connectivity.indices, *geometry, scale)

@@ -1,11 +1,11 @@
 """Sparse attention in torch operations: gather the listed keys, then fused attention per row."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sparsifiner.connectivity import Connectivity
+from sparsifiner.ops.dense import dense_attention
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.ops.sparse_attention import masked
 from sparsifiner.ops.sparse_attention.summaries import unselected_per_window, window_means
@@ -19,14 +19,21 @@ _MASKED_TOKENS = 1_100
 
 
 def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, summary: int | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    connectivity: Connectivity,
+    summary: int | None,
+    scale: float,
+    *,
+    fused: bool = True,
 ) -> Tensor:
     """Same function as the reference; no tensor grows with N * N, but for short inputs on a GPU.
 
     Keys and values, summaries behind them, form one table per batch element and head. Every row
     gathers its list and the summaries from it and attends to them at once. Rows are taken in
     chunks; with gradients each chunk gathers anew in the backward, so that what is kept between
-    the passes does not grow with the lists.
+    the passes does not grow with the lists. Under transforms of `torch.func`, which cannot do so, it does.
 
     Args:
         q: [B, H, N, d], as are `k` and `v`.
@@ -35,12 +42,14 @@ def sparse_attention(
         connectivity: the key lists.
         summary: side of the windows in patches, or None.
         scale: factor of the logits.
+        fused: take torch's fused kernels, which have no second derivatives.
 
     Returns:
         [B, H, N, d] in the dtype of `q`.
     """
     layout, tile, prefix = connectivity.layout, connectivity.tile, connectivity.prefix
-    if q.is_cuda and tile == 1 and layout.tokens <= _MASKED_TOKENS and connectivity.ascends():
+    is_short = tile == 1 and layout.tokens <= _MASKED_TOKENS
+    if q.is_cuda and fused and is_short and connectivity.ascends():
         return masked.sparse_attention(q, k, v, connectivity, summary, scale)
     B, H, N, d = q.shape
     indices = connectivity.indices
@@ -64,7 +73,8 @@ def sparse_attention(
 
     attend = _attend
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        attend = _attend_recomputing
+        # recomputing takes hooks of saved tensors, which transforms do not have
+        attend = _attend if _transforms() else _attend_recomputing
     row_bytes = keys_per_row * d * key.element_size()
     chunk_bytes = _CHUNK_BYTES.get(q.device.type, _CHUNK_BYTES["cuda"])
     rows_per_chunk = min(_CHUNK_ROWS, max(1, chunk_bytes // row_bytes))
@@ -72,36 +82,49 @@ def sparse_attention(
     # not launch such chunks
     for_any_batch = torch.compiler.is_compiling() and not q.is_cuda
     images, heads = (B, H) if for_any_batch else (1, B * H)
+    row_count, chunk_count = heads * tiles.shape[2], 1
+    while chunk_count * rows_per_chunk < row_count:
+        chunk_count *= (
+            2  # so few numbers that layers compiled one by one, with other lists, have the same graph
+        )
+    step = max(1, -(-row_count // chunk_count))
     chunks = []
-    for start in range(0, heads * tiles.shape[2], rows_per_chunk):
-        rows = slice(start * images, (start + rows_per_chunk) * images)
-        chunks.append(attend(query[rows], key, value, slots[rows], bias[rows], scale))
+    for start in range(0, row_count, step):
+        rows = slice(start * images, (start + step) * images)
+        chunks.append(attend(query[rows], key, value, slots[rows], bias[rows], scale, fused))
     out = torch.cat(chunks) if chunks else query
     patches = layout.merge_squares(out.view_as(tiles), tile)
     if not prefix:
         return patches
-    prefix_out = F.scaled_dot_product_attention(q[:, :, :prefix], k, v, scale=scale)
+    prefix_out = dense_attention(q[:, :, :prefix], k, v, scale, fused=fused)
     return torch.cat([prefix_out, patches], 2)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, slots: Tensor, bias: Tensor, scale: float) -> Tensor:
+def _transforms() -> bool:
+    """Whether a transform of `torch.func` is active; compilers see none of them as such."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, bias: Tensor, scale: float, fused: bool
+) -> Tensor:
     """Rows [R, m, d] attend to their slots [R, L] of the tables [S, d] with bias [R, 1, L]."""
     rows, length = slots.shape
     flat = slots.reshape(-1)
-    return F.scaled_dot_product_attention(
+    return dense_attention(
         query.unsqueeze(0),
         key.index_select(0, flat).view(1, rows, length, -1),
         value.index_select(0, flat).view(1, rows, length, -1),
-        attn_mask=bias.expand(-1, query.shape[1], -1).unsqueeze(0),
-        scale=scale,
+        scale,
+        bias.expand(-1, query.shape[1], -1).unsqueeze(0),
+        fused=fused,
     ).squeeze(0)
 
 
 def _attend_recomputing(
-    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, bias: Tensor, scale: float
+    query: Tensor, key: Tensor, value: Tensor, slots: Tensor, bias: Tensor, scale: float, fused: bool
 ) -> Tensor:
-    out = checkpoint(
-        _attend, query, key, value, slots, bias, scale, use_reentrant=False, preserve_rng_state=False
-    )
+    inputs = (query, key, value, slots, bias, scale, fused)
+    out = checkpoint(_attend, *inputs, use_reentrant=False, preserve_rng_state=False)
     assert isinstance(out, Tensor)
     return out
