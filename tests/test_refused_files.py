@@ -79,6 +79,33 @@ def test_weights_that_do_not_fit_leave_the_model_bit_for_bit(tmp_path):
     assert torch.equal(model(images), expected)
 
 
+@torch.no_grad()
+def test_one_wrong_table_among_many_good_tensors_changes_none(tmp_path):
+    model, path = make_sparse(), tmp_path / "w.safetensors"
+    before = snapshot(model)
+    save_file({**other_values(model.state_dict()), SCORER + "up": torch.randn(300, 8)}, path)
+    with pytest.raises(
+        ValueError, match=r"scorer\.up is \[300, 8\], but a grid of 8x8 .* asks for \[66, 8\]"
+    ):
+        load_weights(model, path)
+    assert snapshot(model) == before
+
+
+@torch.no_grad()
+def test_an_absurd_grid_resizes_nothing(tmp_path):
+    model, images = make_sparse(), make_images()
+    sparsifiner.save_adapter(model, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors = {**load_file(tmp_path / "a.safetensors"), SCORER + "native_grid": torch.tensor([50, 50])}
+    save_file(tensors, tmp_path / "b.safetensors", metadata)
+    before, expected = snapshot(model), model(images)
+    with pytest.raises(ValueError, match=r"down is \[66, 8\], but a grid of 50x50 .* asks for \[2502, 8\]"):
+        sparsifiner.load_adapter(model, tmp_path / "b.safetensors")
+    assert snapshot(model) == before
+    assert torch.equal(model(images), expected)
+
+
 @pytest.mark.parametrize("before", ["dense", "sparse", "fast"])
 @torch.no_grad()
 def test_adapters_that_do_not_fit_leave_the_model_bit_for_bit(tmp_path, before):

@@ -149,3 +149,15 @@ def test_a_model_compiled_as_a_whole_has_one_graph():
     images = make_images()
     assert (torch.compile(model, backend=counter)(images) - model(images)).abs().max() < 1e-5
     assert counter.frame_count == 1
+
+
+@torch.no_grad()
+def test_blocks_compiled_one_by_one_keep_their_own_shares_at_another_size():
+    torch.compiler.reset()
+    model = make_model(depth=4, dynamic_img_size=True)
+    sparsifiner.sparsify(model, keep=0.2, tile=2, tokens=ToMe(4))
+    images = torch.randn(1, 3, 48, 48)
+    expected = model(images)
+    for block in model.blocks:
+        block.compile(backend="eager")
+    assert torch.equal(model(images), expected)

@@ -97,14 +97,10 @@ class SparseAttention(StandIn):
     def keep(self, keep: tuple[int, int]) -> None:
         self._keep_numerator, self._keep_denominator = keep
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _keep_at(self, patches: int) -> tuple[int, int]:
         """Share of the keys that the layer lists, in images of so many patches."""
-        config, queries = self.config, None
-        if config.tokens is not None:
-            counts = config.tokens.counts(self.depth, patches, self.prefix)
-            queries = [count.attention for count in counts]
-        return exact_ratio(config.keep_of(self.layer, self.depth, queries))
+        keep: tuple[int, int] = _keep_of(self.config, self.layer, self.depth, patches, self.prefix)
+        return keep
 
     def forward(
         self,
@@ -373,6 +369,15 @@ def dense_connectivity(batch: int, heads: int, layout: TokenLayout, tile: int, l
         check=False,
         ascending=True,
     )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _keep_of(config: SparsifyConfig, layer: int, depth: int, patches: int, prefix: int) -> tuple[int, int]:
+    # what it depends on are arguments: a graph is made anew where one of them differs
+    queries = None
+    if config.tokens is not None:
+        queries = [count.attention for count in config.tokens.counts(depth, patches, prefix)]
+    return exact_ratio(config.keep_of(layer, depth, queries))
 
 
 def _key_budget(keep: tuple[int, int], tokens: int, forced: int) -> int:
