@@ -108,7 +108,8 @@ def test_unlisted_keys_are_never_read():
     assert torch.isfinite(sparse_attention(q, k, v, connectivity, backend="torch")).all()
 
 
-def masked_attention(*inputs, fused):
+def masked_attention(*inputs):
+    *inputs, fused = inputs
     assert fused  # the mask is for fused kernels
     return masked.sparse_attention(*inputs)
 

@@ -105,7 +105,7 @@ def _attend(
         if chosen == "reference":
             return reference.sparse_attention(q, k, v, connectivity, summary, scale)
         if chosen == "torch":
-            return torch_backend.sparse_attention(q, k, v, connectivity, summary, scale, fused=fused)
+            return torch_backend.sparse_attention(q, k, v, connectivity, summary, scale, fused)
         geometry = (*connectivity.grid, connectivity.prefix, connectivity.tile, summary or 0)
         if chosen == "cpu":
             native: Tensor = operators.attend_cpu(q, k, v, connectivity.indices, *geometry, scale)

@@ -25,7 +25,6 @@ def sparse_attention(
     connectivity: Connectivity,
     summary: int | None,
     scale: float,
-    *,
     fused: bool = True,
 ) -> Tensor:
     """Same function as the reference; no tensor grows with N * N, but for short inputs on a GPU.
