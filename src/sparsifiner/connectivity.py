@@ -132,12 +132,11 @@ class Connectivity:
         device = self.indices.device
         slots = torch.where(self.is_key(), self.indices, N).long()
         named = torch.zeros(B, H, rows, N + 1, dtype=torch.int32, device=device)
-        named.scatter_add_(-1, slots, torch.ones_like(slots, dtype=torch.int32))
+        named = named.scatter_add(-1, slots, torch.ones_like(slots, dtype=torch.int32))
         patches = torch.arange(self.prefix, N, device=device)
         row_of_patch = layout.square_of_token(patches, self.tile)
-        counts = torch.ones(B, H, N, N, dtype=torch.int32, device=device)
-        counts[:, :, self.prefix :] = named[:, :, row_of_patch, :N]
-        return counts
+        of_prefix = torch.ones(B, H, self.prefix, N, dtype=torch.int32, device=device)
+        return torch.cat([of_prefix, named[:, :, row_of_patch, :N]], 2)
 
     def is_key(self) -> Tensor:
         """Which slots name a key, bool [B, H, rows, k]; the others are empty."""

@@ -82,10 +82,9 @@ def sparse_attention(
     for_any_batch = torch.compiler.is_compiling() and not q.is_cuda
     images, heads = (B, H) if for_any_batch else (1, B * H)
     row_count, chunk_count = heads * tiles.shape[2], 1
+    # a power of two: layers that are compiled one by one differ in their lists, and few of them in this
     while chunk_count * rows_per_chunk < row_count:
-        chunk_count *= (
-            2  # so few numbers that layers compiled one by one, with other lists, have the same graph
-        )
+        chunk_count *= 2
     step = max(1, -(-row_count // chunk_count))
     chunks = []
     for start in range(0, row_count, step):
