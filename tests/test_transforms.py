@@ -57,7 +57,7 @@ def test_gradients_of_transforms_are_those_of_autograd(options):
     assert (by_jacrev - row).abs().max() < 1e-4 * row.abs().max()
 
 
-@pytest.mark.parametrize("options", [each for each in SETTINGS if each.get("backend") != "reference"])
+@pytest.mark.parametrize("options", SETTINGS)
 @pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained", "ignore:There is a performance drop")
 def test_gradients_of_each_sample_are_those_of_it_alone(options):
     model, images = sparsifiner.sparsify(make_model(), **options), make_images()
