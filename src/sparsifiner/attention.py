@@ -367,7 +367,6 @@ def dense_connectivity(batch: int, heads: int, layout: TokenLayout, tile: int, l
         tile,
         layout.prefix,
         check=False,
-        ascending=True,
     )
 
 

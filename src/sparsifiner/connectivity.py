@@ -54,8 +54,8 @@ class Connectivity:
         grid: patches along height and width.
         tile: side of a tile in patches; 1 gives one list per query.
         prefix: number of prefix tokens before the patches.
-        ascending: whether in every list tokens ascend without repetition and empty slots come last, which
-            some kernels take less time for; None if that is still to be seen.
+        selected: whether this package's own selection made the lists, which kernels then read as they are:
+            tokens ascend, none is named twice, and empty slots come last.
 
     Args:
         check: look for tokens that are not there, which waits for the device. Without it, and while
@@ -71,7 +71,8 @@ class Connectivity:
     tile: int = 1
     prefix: int = 0
     check: InitVar[bool] = True
-    ascending: bool | None = field(default=None, kw_only=True, repr=False, compare=False)
+    selected: bool = field(default=False, kw_only=True, repr=False, compare=False)
+    _ascends: bool | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self, check: bool) -> None:
         """Checks shape and dtype and, if asked to, the entries."""
@@ -104,13 +105,15 @@ class Connectivity:
                 )
 
     def ascends(self) -> bool:
-        """Whether the lists are known to ascend; looked up once, which waits for the device."""
-        if self.ascending is None and _can_read(self.indices):
+        """Whether the lists are known to ascend as selected ones do; seen once, waiting for the device."""
+        if self.selected:
+            return True
+        if self._ascends is None and _can_read(self.indices):
             before, after = self.indices[..., :-1], self.indices[..., 1:]
             in_order = (after < 0) | ((before >= 0) & (before < after))
             in_range = self.indices < self.layout.tokens
-            object.__setattr__(self, "ascending", bool(in_order.all() & in_range.all()))
-        return bool(self.ascending)
+            object.__setattr__(self, "_ascends", bool(in_order.all() & in_range.all()))
+        return bool(self._ascends)
 
     @property
     def layout(self) -> TokenLayout:
@@ -164,7 +167,7 @@ class ScoredLists(Connectivity):
     def alone(self) -> Connectivity:
         """See `Connectivity.alone`."""
         return Connectivity(
-            self.indices, self.grid, self.tile, self.prefix, check=False, ascending=self.ascending
+            self.indices, self.grid, self.tile, self.prefix, check=False, selected=self.selected
         )
 
 

@@ -104,7 +104,9 @@ def _forget(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
 
 def _record_lists(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
     def hook(module: nn.Module, args: Any, connectivity: Connectivity) -> None:
-        traces[layer.layer] = LayerTrace(connectivity.alone(), args[3].summary, dense=False)
+        # kernels that read the lists as they are must not get them back: whoever has them may change them
+        of_caller = replace(connectivity.alone(), check=False, selected=False)
+        traces[layer.layer] = LayerTrace(of_caller, args[3].summary, dense=False)
 
     return hook
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import sparsifiner
 from sparsifiner.connectivity import Connectivity
 from sparsifiner.layout import TokenLayout
 from sparsifiner.ops import native, sparse_attention
 from sparsifiner.ops.backend import HAS_TRITON
+from tests.models import make_images, make_model
 from tests.ops.cases import make_qkv
 from tests.stress import ops as fuzz
 
@@ -118,22 +120,23 @@ def check_memory_outside():
                     assert torch.equal(actual, expected), (entry, tile, listed, summary)
 
 
-def check_false_promises():
-    """Lists said to ascend that do not, or that were changed since, give numbers, whichever."""
+def check_changed_since():
+    """Lists that were changed after they were checked give numbers, whichever."""
     q, k, v = torch.randn(3, 1, 2, 17, 16)
     for tile, rows in ((1, 16), (2, 4)):
-        lists = torch.arange(3, dtype=torch.int32).repeat(1, 2, rows, 1)
-        connectivity = Connectivity(lists, (4, 4), tile, 1, ascending=True)
-        lists.copy_(torch.tensor([-(2**31), 2**31 - 1, 7], dtype=torch.int32))
         for backend in BACKENDS:
+            lists = torch.arange(3, dtype=torch.int32).repeat(1, 2, rows, 1)
+            connectivity = Connectivity(lists, (4, 4), tile, 1)
+            assert connectivity.ascends()
+            lists.copy_(torch.tensor([-(2**31), 2**31 - 1, 7], dtype=torch.int32))
             for summary in (None, 2):
                 assert sparse_attention(q, k, v, connectivity, summary, backend=backend).shape == q.shape
 
 
 @pytest.mark.skipif(GPU, reason="the kernels of a GPU are compared above")
 def test_memory_outside_is_never_read():
-    checks = "from tests.ops.test_irregular_lists import check_false_promises, check_memory_outside\n"
-    program = f"import torch; {checks}check_memory_outside(); check_false_promises(); print('done')"
+    checks = "from tests.ops.test_irregular_lists import check_changed_since, check_memory_outside\n"
+    program = f"import torch; {checks}check_memory_outside(); check_changed_since(); print('done')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.stdout == "done\n", done.stderr
 
@@ -164,6 +167,15 @@ def test_lists_ascend_or_do_not():
         assert not ascends(*listed)
     beyond = torch.tensor([0, 4], dtype=torch.int32).view(1, 1, 1, 2)
     assert not Connectivity(beyond, (2, 2), 2, check=False).ascends()
+
+
+def test_traced_lists_are_those_of_a_caller():
+    model = sparsifiner.sparsify(make_model("deit", img_size=96), keep=0.2, tile=2)
+    with torch.no_grad(), sparsifiner.trace(model) as traces:
+        model(make_images(96))
+    for layer in traces.values():
+        assert not layer.connectivity.selected
+        assert layer.connectivity.ascends()
 
 
 def attend_to(lists, q, k, v):

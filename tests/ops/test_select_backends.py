@@ -65,6 +65,15 @@ def test_many_keys(backend, budget):
     assert_equals_reference(torch.randn(2, 3, rows, 1025), budget, backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keys", [17, 64])  # 64 need no padding, which would copy them in order
+@pytest.mark.parametrize("forced", [0, 1])
+def test_scores_of_any_strides(backend, keys, forced):
+    scores = torch.randn(1, 1, 5, keys)
+    for strided in (scores.mT.contiguous().mT, scores[:, :, :1].expand(2, 3, 5, keys)):
+        assert_equals_reference(strided, 7, backend, forced=forced)
+
+
 @needs_triton
 @pytest.mark.parametrize("budget", [1, 3, 37, 70])
 def test_rows_longer_than_a_block(budget, monkeypatch):

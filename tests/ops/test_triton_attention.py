@@ -283,10 +283,12 @@ def test_given_means_are_those_that_would_be_computed(dtype):
     means = torch.stack([layout.square_means(x[:, :, 2:].float(), 2) for x in inputs[1:]]).to(dtype)
     computed = forward_and_gradients("triton", inputs, connectivity, 2, upstream)
     fields = (connectivity.indices, connectivity.grid, connectivity.tile, connectivity.prefix)
-    given = forward_and_gradients("triton", inputs, ScoredLists(*fields, window_means=means), 2, upstream)
+    given = forward_and_gradients(
+        "triton", inputs, ScoredLists(*fields, window_means=means, selected=True), 2, upstream
+    )
     for one, other in zip(computed, given, strict=True):
         torch.testing.assert_close(one, other)
-    others = ScoredLists(*fields, window_means=means + 1)
+    others = ScoredLists(*fields, window_means=means + 1, selected=True)
     other = forward_and_gradients("triton", inputs, others, 2, upstream)
     assert not torch.allclose(computed[0], other[0], atol=1e-2)  # they are what is attended to
     without = forward_and_gradients("triton", inputs, others, None, upstream)

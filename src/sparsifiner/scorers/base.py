@@ -71,8 +71,8 @@ class ListSpec:
         """Lists as `select_topk` gives, with the window means that were computed beside them, if any."""
         geometry = (indices, self.layout.grid, self.tile, self.layout.prefix)
         if window_means is None:
-            return Connectivity(*geometry, check=False, ascending=True)
-        return ScoredLists(*geometry, check=False, ascending=True, window_means=window_means)
+            return Connectivity(*geometry, check=False, selected=True)
+        return ScoredLists(*geometry, check=False, selected=True, window_means=window_means)
 
 
 class Scorer(nn.Module):

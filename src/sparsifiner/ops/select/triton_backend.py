@@ -62,7 +62,8 @@ def select_topk(scores: Tensor, budget: int, forced: int, own: Tensor) -> Tensor
     N = candidates.shape[-1]
     candidates = candidates.float() if scores.dtype == torch.float64 else candidates
     stride = padded_length(N)
-    flat = F.pad(candidates, (0, stride - N), value=-torch.inf).reshape(B * H * rows, stride)
+    padded = F.pad(candidates, (0, stride - N), value=-torch.inf)
+    flat = padded.contiguous().view(B * H * rows, stride)  # padding keeps strides of any order
     indices = torch.empty(B, H, rows, budget, dtype=torch.int32, device=scores.device)
     listed = indices.view(B * H * rows, budget)
     launch_select(flat, listed, OwnTokens(own), rows=rows, N=N, forced=forced)

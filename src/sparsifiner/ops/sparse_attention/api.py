@@ -94,7 +94,7 @@ def _attend(
     _check(q, k, v, connectivity, summary)
     if not connectivity.indices.shape[-1]:  # no backend has to know lists without a slot
         empty = F.pad(connectivity.indices, (0, 1), value=-1)
-        connectivity = replace(connectivity, indices=empty, check=False, ascending=True)
+        connectivity = replace(connectivity, indices=empty, check=False, selected=True)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     chosen = resolve_backend(backend, "sparse_attention", q.device, _why_not(q, connectivity, summary))
     if (chosen == "cpu" or (backend == "auto" and not fused)) and _wants_gradients(q, k, v):
@@ -104,15 +104,20 @@ def _attend(
     with without_autocast(q.device):
         if chosen == "reference":
             return reference.sparse_attention(q, k, v, connectivity, summary, scale)
+        # kernels take the largest product for that of the largest logit, and some divide by the scale
+        if scale < 0:
+            q, scale = -q, -scale
+        elif scale == 0:
+            q, scale = q * 0, 1.0
         if chosen == "torch":
             return torch_backend.sparse_attention(q, k, v, connectivity, summary, scale, fused)
         geometry = (*connectivity.grid, connectivity.prefix, connectivity.tile, summary or 0)
         if chosen == "cpu":
             native: Tensor = operators.attend_cpu(q, k, v, connectivity.indices, *geometry, scale)
             return native
-        if scale < 0:  # kernels take the largest product for that of the largest logit
-            q, scale = -q, -scale
-        lists = (connectivity.indices, connectivity.ascends())
+        # packing reads no token that is not there, so that lists which were seen to ascend will do
+        ascending = connectivity.selected or (connectivity.tile == 1 and connectivity.ascends())
+        lists = (connectivity.indices, ascending)
         out: Tensor = operators.attend(q, k, v, *lists, window_means, *geometry, scale)[0]
         return out
 

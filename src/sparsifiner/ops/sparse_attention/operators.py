@@ -35,8 +35,8 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Attention over lists and summaries (side 0 for none): the result and what its backward needs.
 
-    `ascending` tells that lists ascend, as for `Connectivity`. Means of keys and values over the windows
-    [2, B, H, windows, d] are taken as they are, or computed.
+    `ascending` tells that lists ascend as those of `select_topk` do; they are then read as they are. Means of
+    keys and values over the windows [2, B, H, windows, d] are taken as they are, or computed.
     """
     problem = _problem(grid_height, grid_width, prefix, tile, summary, scale, ascending)
     with device_of(q):

@@ -47,6 +47,8 @@ def sparse_attention(
         [B, H, N, d] in the dtype of `q`.
     """
     layout, tile, prefix = connectivity.layout, connectivity.tile, connectivity.prefix
+    if not torch.compiler.is_compiling() and not q.numel():  # of no image torch's fused kernels make None
+        return q * k * v
     is_short = tile == 1 and layout.tokens <= _MASKED_TOKENS
     if q.is_cuda and fused and is_short and connectivity.ascends():
         return masked.sparse_attention(q, k, v, connectivity, summary, scale)

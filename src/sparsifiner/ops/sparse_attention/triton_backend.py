@@ -35,7 +35,7 @@ class Problem:
         tile: side of a tile of queries that share a list; 1 for a list per query.
         summary: side of the windows, 0 for no summaries.
         scale: factor of the logits.
-        ascending: whether lists ascend, as for `Connectivity`.
+        ascending: whether lists ascend as those of `select_topk` do, and are read as they are.
     """
 
     layout: TokenLayout

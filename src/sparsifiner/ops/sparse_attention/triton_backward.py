@@ -129,8 +129,10 @@ def attend_backward_kernel(
     for start in range(0, whole, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         index = tl.load(tokens + slot)
-        listed = None if ASCENDING else names_token(index, N)
-        index = nearest_token(index, N)
+        listed = None
+        if not ASCENDING:
+            listed = names_token(index, N)
+            index = nearest_token(index, N)
         key = load_rows(k, index, k_token, listed, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         value = load_rows(v, index, v_token, listed, HEAD_DIM, BLOCK_D)
         bias = None
@@ -143,17 +145,19 @@ def attend_backward_kernel(
         _send(d_k, d_v, d_key, d_value, to, listed, HEAD_DIM, BLOCK_D, DETERMINISTIC)
     for start in tl.range(whole, length, BLOCK_END, num_stages=1):
         slot = start + tl.arange(0, BLOCK_END)
-        index = tl.load(tokens + slot, mask=slot < length, other=-1)
-        listed = names_token(index, N)
-        index = nearest_token(index, N)
-        key = load_rows(k, index, k_token, listed, HEAD_DIM, BLOCK_D)
-        value = load_rows(v, index, v_token, listed, HEAD_DIM, BLOCK_D)
-        bias = list_bias(listed, bits, row * keys, slot, length, member, is_prefix, PACKED)
+        end_listed = slot < length
+        index = tl.load(tokens + slot, mask=end_listed, other=0)
+        if not ASCENDING:
+            end_listed &= names_token(index, N)
+            index = nearest_token(index, N)
+        key = load_rows(k, index, k_token, end_listed, HEAD_DIM, BLOCK_D)
+        value = load_rows(v, index, v_token, end_listed, HEAD_DIM, BLOCK_D)
+        bias = list_bias(end_listed, bits, row * keys, slot, length, member, is_prefix, PACKED)
         d_query, d_key, d_value = _key_gradients(
             query, key, value, bias, None, d_result, weight, delta, d_query, scale, slope
         )
         to = pair * entries + entry + slot if DETERMINISTIC else pair * N + index
-        _send(d_k, d_v, d_key, d_value, to, listed, HEAD_DIM, BLOCK_D, DETERMINISTIC)
+        _send(d_k, d_v, d_key, d_value, to, end_listed, HEAD_DIM, BLOCK_D, DETERMINISTIC)
     for start in tl.range(0, (1 - is_prefix) * windows, BLOCK_W, num_stages=1):
         window = start + tl.arange(0, BLOCK_W)
         is_window = window < windows

@@ -93,7 +93,7 @@ def names_token(index, N):
 
 @triton.jit
 def nearest_token(index, N):
-    """Lists are not trusted: no number in them leads outside of the N tokens."""
+    """Lists of callers are not trusted: no number in them leads outside of the N tokens."""
     return tl.minimum(tl.maximum(index, 0), N - 1)
 
 
@@ -226,14 +226,18 @@ def attend_kernel(
     )
     whole = length // BLOCK_N * BLOCK_N
     end_slot = whole + tl.arange(0, BLOCK_N)
-    end_index = tl.load(tokens + end_slot, mask=end_slot < length, other=-1)
-    end_listed = names_token(end_index, N)
-    end_index = nearest_token(end_index, N)
+    end_listed = end_slot < length
+    end_index = tl.load(tokens + end_slot, mask=end_listed, other=0)
+    if not ASCENDING:
+        end_listed &= names_token(end_index, N)
+        end_index = nearest_token(end_index, N)
     for start in range(0, whole, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         index = tl.load(tokens + slot)
-        listed = None if ASCENDING else names_token(index, N)
-        index = nearest_token(index, N)
+        listed = None
+        if not ASCENDING:
+            listed = names_token(index, N)
+            index = nearest_token(index, N)
         key = load_rows(k, index, k_token, listed, HEAD_DIM, BLOCK_D)  # [BLOCK_N, BLOCK_D]
         value = load_rows(v, index, v_token, listed, HEAD_DIM, BLOCK_D)
         bias = None
