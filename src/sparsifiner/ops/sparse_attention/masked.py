@@ -32,6 +32,8 @@ def sparse_attention(
     assert connectivity.ascends()  # a mask cannot count keys that are named twice
     layout, indices, prefix = connectivity.layout, connectivity.indices, connectivity.prefix
     N = layout.tokens
+    # torch's kernel for masks reads beyond heads that share their memory (pytorch issue 191937)
+    q, k, v = (x.contiguous() if 0 in x.stride() else x for x in (q, k, v))
     key, value, windows = k, v, 0
     if summary is not None:
         key = torch.cat([k, window_means(k, layout, summary)], 2)  # [B, H, N + W, d]
