@@ -20,8 +20,8 @@ from provenance import RESULTS, append_rows, provenance
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from sparsifiner.connectivity import key_budget
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import key_budget
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops.select import operators as select_operators
 from sparsifiner.ops.select.triton_backend import select_kernel
 from sparsifiner.ops.select.triton_tiles import tile_scores_kernel

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from provenance import RESULTS, append_rows, provenance
 
-from sparsifiner.connectivity import Connectivity
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.measure.timing import time_in_turns
 from sparsifiner.ops import sparse_attention
 
@@ -43,7 +43,8 @@ def measure(tile: int, summary: int | None) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(THREADS)
     for tile, summary in CASES:
-        row: dict[str, Any] = {"heads": HEADS, "head_dim": HEAD_DIM, "dtype": "fp32", "threads": THREADS, "keep": KEEP}
+        row: dict[str, Any] = {"heads": HEADS, "head_dim": HEAD_DIM, "dtype": "fp32"}
+        row |= {"threads": THREADS, "keep": KEEP}
         row |= measure(tile, summary)
         append_rows(RESULTS / "list_check.json", [row | provenance("cpu")])
         print(

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from sparsifiner.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
+from sparsifiner.geometry.grid import TokenLayout
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 31), (14, 14), (5, 7)])

@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparsifiner.config import SparsifyConfig
-from sparsifiner.connectivity import exact_ratio, forced_prefix, key_budget
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import exact_ratio, forced_prefix, key_budget
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import sparse_attention
 from sparsifiner.scorers import ListSpec, make_scorer
 from tests.ops.cases import make_qkv

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 import sparsifiner
 from sparsifiner import scorers
 from sparsifiner.config import SparsifyConfig, make_config
-from sparsifiner.connectivity import Connectivity
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import select_topk
 from sparsifiner.scorers import ListSpec, LowRankScorer, make_scorer
 from tests.models import make_images, make_model

@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 from sparsifiner import models as models
 from sparsifiner.config import SparsifyConfig
-from sparsifiner.connectivity import Connectivity
+from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.measure.macs import count_macs
 from sparsifiner.models.adapter import save_adapter
 from sparsifiner.models.loading import load_adapter

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsifiner.config import SparsifyConfig
-from sparsifiner.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops.dense import dense_attention
 from sparsifiner.ops.sparse_attention.api import attend_scored
 from sparsifiner.scorers import ListSpec, Origin, Scorer, SharedLists

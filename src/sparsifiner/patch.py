@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sparsifiner.attention import SHARED_MODULES, CurrentGrid, SparseAttention
 from sparsifiner.config import SparsifyConfig, change_config, make_config
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.scorers import BorrowingScorer, LowRankScorer, Scorer, SharedLists, make_scorer
 from sparsifiner.standin import StandIn
 from sparsifiner.tokens.blocks import SHARED_BLOCK_MODULES, TokenBlock, TokenBlocks

@@ -10,7 +10,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention, dense_connectivity, split_heads
-from sparsifiner.connectivity import Connectivity
+from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.patch import sparse_layers
 
 

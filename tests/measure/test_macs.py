@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparsifiner
-from sparsifiner.connectivity import exact_ratio
+from sparsifiner.geometry.connectivity import exact_ratio
 from sparsifiner.measure.macs import paper_mhsa
 from tests.models import ARCHITECTURES, make_images, make_model
 

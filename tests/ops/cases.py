@@ -2,8 +2,8 @@
 
 import torch
 
-from sparsifiner.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import select_topk
 
 # patches -> grid; 62 is prime times two, so every tile and window is ragged

@@ -7,8 +7,8 @@ import torch
 from torch.autograd import forward_ad
 
 import sparsifiner
-from sparsifiner.connectivity import Connectivity
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import backend, native, sparse_attention
 from tests.models import make_images, make_model
 from tests.ops.cases import assert_within_budget, largest_terms, layout_of, make_connectivity, make_qkv

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import native, select_topk
 from sparsifiner.ops.select import cpu_backend
 from sparsifiner.scorers import ImpactScorer, ListSpec

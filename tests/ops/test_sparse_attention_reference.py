@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparsifiner.connectivity import Connectivity
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import sparse_attention
 from tests.ops.cases import GRIDS, make_connectivity, make_qkv
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparsifiner.connectivity import Connectivity
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import sparse_attention
 from sparsifiner.ops.sparse_attention import masked, reference, torch_backend
 from tests.ops.cases import (

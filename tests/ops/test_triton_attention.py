@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparsifiner.connectivity import Connectivity, ScoredLists
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import Connectivity, ScoredLists
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import sparse_attention
 from sparsifiner.ops.backend import HAS_TRITON
 from sparsifiner.ops.sparse_attention.api import attend_scored

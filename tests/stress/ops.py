@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from sparsifiner.connectivity import Connectivity
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import select_topk, sparse_attention
 from tests.ops.cases import assert_within_budget, largest_terms
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import sparsifiner
 from sparsifiner import DynamicViT, EViT, SparsifyConfig, ToMe
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.measure.recall import mask_recall
 from sparsifiner.models.adapter import config_to_dict, is_predictor, is_scorer
 from sparsifiner.models.features import token_states

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from sparsifiner import DynamicViT, EViT, ToMe
-from sparsifiner.connectivity import Connectivity
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import sparse_attention
 from sparsifiner.tokens import TokenState
 from sparsifiner.tokens.dynamicvit import ratio_loss

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import native, sparse_attention
 from sparsifiner.ops.backend import HAS_TRITON
 from tests.ops.cases import assert_within_budget, largest_terms, make_connectivity, make_qkv

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sparsifiner.config import SparsifyConfig
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.scorers import ListSpec, LowRankScorer, PooledScorer
 from sparsifiner.training.loop import make_schedule
 from sparsifiner.training.losses import (

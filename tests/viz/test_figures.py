@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sparsifiner.connectivity import Connectivity
+from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.trace import LayerTrace
 from sparsifiner.viz.figures import key_list_svg
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sparsifiner.attention import SparseAttention
 from sparsifiner.config import SparsifyConfig, config_to_dict
 from sparsifiner.device import choose_device
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.measure.candidates import Candidate, time_candidates
 from sparsifiner.measure.inputs import spread_as_trained
 from sparsifiner.measure.parity import check_model

@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparsifiner.config import SparsifyConfig
-from sparsifiner.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
 from sparsifiner.device import choose_device
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.measure.candidates import Candidate, time_candidates
 from sparsifiner.measure.inputs import projected_inputs, spread_as_trained
 from sparsifiner.measure.parity import Parity, check_operation

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsifiner.attention import SparseAttention
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.models.linformer import LinformerAttention
 from sparsifiner.patch import reasons_against
 from sparsifiner.tokens import Counts, TokenMethod

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from sparsifiner.connectivity import Connectivity
+from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.ops.sparse_attention.api import attend_scored
 from sparsifiner.patch import sparse_layers
 from sparsifiner.scorers import BorrowingScorer, ListSpec, Scorer

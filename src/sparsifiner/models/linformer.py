@@ -7,8 +7,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sparsifiner.attention import SHARED_MODULES, merge_heads, split_heads, take_over
-from sparsifiner.connectivity import exact_ratio
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import exact_ratio
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops.dense import dense_attention
 from sparsifiner.standin import StandIn
 

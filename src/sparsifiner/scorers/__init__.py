@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from sparsifiner.config import SparsifyConfig
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.scorers.base import ListSpec, Origin, Scorer
 from sparsifiner.scorers.impact import ImpactScorer
 from sparsifiner.scorers.lowrank import LowRankScorer

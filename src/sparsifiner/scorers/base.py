@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsifiner.config import SparsifyConfig
-from sparsifiner.connectivity import Connectivity, ScoredLists
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import Connectivity, ScoredLists
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import select_topk
 from sparsifiner.ops.backend import resolve_backend
 from sparsifiner.ops.precision import without_autocast

@@ -9,8 +9,8 @@ from timm.layers import resample_abs_pos_embed, trunc_normal_
 from torch import Tensor, nn
 
 from sparsifiner.config import SparsifyConfig
-from sparsifiner.connectivity import Connectivity
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops.kernels import why_no_kernel
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.ops.select import operators

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from sparsifiner.connectivity import Connectivity
+from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.ops.kernels import why_no_kernel
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.ops.select import operators

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparsifiner.connectivity import exact_ratio
+from sparsifiner.geometry.connectivity import exact_ratio
 from sparsifiner.tokens.state import TokenState
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsifiner.connectivity import Connectivity
+from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.ops.precision import accumulation_dtype, without_autocast
 
 # how much more than the largest key that stays a key that goes may weigh, for its gradient alone

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from sparsifiner.attention import SparseAttention
 from sparsifiner.config import SparsifyConfig, change_config
-from sparsifiner.connectivity import exact_ratio
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import exact_ratio
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.models.adapter import scorer_weights
 from sparsifiner.models.features import patch_tokens
 from sparsifiner.patch import sparse_layers, sparsify

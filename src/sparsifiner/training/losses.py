@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout
 
 
 def reconstruction_loss(

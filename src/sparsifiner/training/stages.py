@@ -9,7 +9,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.models.adapter import is_predictor, is_scorer
 from sparsifiner.models.features import patch_tokens, token_states
 from sparsifiner.models.lvvit import LVViT

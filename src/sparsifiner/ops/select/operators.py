@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops.backend import HAS_TRITON
 from sparsifiner.ops.kernels import device_of
 from sparsifiner.ops.select import cpu_backend

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout
 
 # Scores that a program holds in registers; rows of more keys are read anew at every step.
 LARGEST_BLOCK = 16_384

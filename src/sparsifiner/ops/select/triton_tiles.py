@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops.select.triton_backend import OwnTokens, launch_select, padded_length
 from sparsifiner.ops.triton_means import square_means, window_statistics
 

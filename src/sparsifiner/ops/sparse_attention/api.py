@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sparsifiner.connectivity import Connectivity, ScoredLists
+from sparsifiner.geometry.connectivity import Connectivity, ScoredLists
 from sparsifiner.ops.backend import resolve_backend
 from sparsifiner.ops.kernels import why_no_kernel
 from sparsifiner.ops.precision import without_autocast

@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import Tensor
 
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import native
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsifiner.connectivity import Connectivity
+from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.ops.sparse_attention.summaries import unselected_per_window, window_means
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparsifiner.connectivity import Connectivity
+from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.ops.precision import accumulation_dtype
 
 

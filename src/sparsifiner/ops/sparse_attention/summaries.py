@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from sparsifiner.connectivity import Connectivity
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops.precision import accumulation_dtype
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sparsifiner.connectivity import Connectivity
+from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.ops.dense import dense_attention
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.ops.sparse_attention import masked

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops.sparse_attention.triton_backward import (
     add_entries_kernel,
     attend_backward_kernel,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from sparsifiner.layout import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout
 
 
 def exact_ratio(keep: float) -> tuple[int, int]:
