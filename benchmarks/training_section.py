@@ -198,7 +198,7 @@ def runs() -> str:
             lost = "" if None in (value, compared) or control is record else f" ({value - compared:+.2f})"
             row.append("" if value is None else f"{value:.2f}{lost}")
         row.append("" if record.get("mask_recall") is None else f"{record['mask_recall']:.3f}")
-        body.append([*row, "yes" if (RESULTS / "runs" / name / "last.safetensors").exists() else ""])
+        body.append(row)
     header = [
         "run",
         "stage",
@@ -206,14 +206,12 @@ def runs() -> str:
         "top-1 (to the control)",
         "of the averaged weights",
         "recall",
-        "weights",
     ]
     return f"""## Saved runs
 
 The last validation within each run of `docs/results/runs/`, all validation images, in the dtype that it
 trained in, with the difference to the control of the same suite and seed, not paired. Each folder holds
-settings and measurements, some the last weights in half precision (`last.safetensors`), to evaluate with
-`sparsifiner eval --weights` or to train on from with `sparsifiner train --weights`.
+settings and measurements; weights are not shipped: `sparsifiner train --config` makes them again, as above.
 
 {table(header, body)}
 """

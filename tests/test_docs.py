@@ -30,6 +30,11 @@ def test_pages_are_written_from_the_results(tmp_path):
         assert (tmp_path / page).read_text() == (ROOT / page).read_text(), f"{page}: run benchmarks/report.py"
 
 
+def test_results_are_measurements_without_weights():
+    suffixes = {path.suffix for path in RESULTS.rglob("*") if path.is_file()}
+    assert suffixes - {".lock"} == {".json", ".jsonl", ".yaml"}
+
+
 def test_commands_of_models_time_what_their_rows_say(monkeypatch, capsys):
     asked = {}
     monkeypatch.setattr(bench, "benchmark_model", lambda settings, config: asked.update(config=config) or [])

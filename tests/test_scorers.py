@@ -1,5 +1,6 @@
 """Scorers: scores against their formulas, lists against the selection rules."""
 
+import pathlib
 from dataclasses import replace
 
 import pytest
@@ -183,8 +184,8 @@ class TestReleased:
     """`legacy=True` against outputs of the released code."""
 
     @pytest.fixture
-    def released(self, shared):
-        return load_file(shared / "fixtures" / "legacy.safetensors")
+    def released(self):
+        return load_file(pathlib.Path(__file__).parent / "fixtures" / "legacy.safetensors")
 
     @pytest.fixture
     def layer(self, released):
