@@ -8,7 +8,7 @@ import timm
 import torch
 from timm.layers import Attention, LayerNorm
 
-import sparsifiner  # noqa: F401, which registers LV-ViT
+import sparsifiner.models  # noqa: F401, which registers LV-ViT
 from sparsifiner.attention import SparseAttention
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 7}

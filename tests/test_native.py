@@ -76,14 +76,14 @@ class TestMissing:
         self.check("sparsifiner_interface; reinstall with pip install")
 
     def test_not_installed(self, load, monkeypatch):
-        monkeypatch.setattr(native.sparsifiner, "__path__", ["/nowhere"])
+        monkeypatch.setattr(native, "find_spec", lambda name: None)
         monkeypatch.setattr(platform, "machine", lambda: "x86_64")
         monkeypatch.setattr(sys, "platform", "linux")
         load(None)
         self.check("needs g++ 12 or newer with OpenMP; install it and run pip install")
 
     def test_another_machine(self, load, monkeypatch):
-        monkeypatch.setattr(native.sparsifiner, "__path__", ["/nowhere"])
+        monkeypatch.setattr(native, "find_spec", lambda name: None)
         monkeypatch.setattr(platform, "machine", lambda: "aarch64")
         load(None)
         self.check(f"are for x86-64 on Linux, this is aarch64 on {sys.platform}")

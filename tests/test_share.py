@@ -10,8 +10,8 @@ import timm
 import torch
 
 import sparsifiner
+from sparsifiner.macs import count_macs
 from sparsifiner.measure.bench_ops import EVERYTHING, OpsBenchmark, benchmark_operations
-from sparsifiner.measure.macs import count_macs
 from sparsifiner.models.adapter import scorer_weights
 from sparsifiner.patch import sparse_layers
 

@@ -16,11 +16,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sparsifiner.data import evaluation_transform, make_loader, open_images
+from sparsifiner.macs import count_macs
 from sparsifiner.measure.accuracy import evaluate
-from sparsifiner.measure.macs import count_macs
 from sparsifiner.measure.timing import Timing, time_in_turns
 from sparsifiner.patch import about_to_train, sparsify
-from sparsifiner.trace import trace
+from sparsifiner.tracing import trace
 from sparsifiner.training import Recipe, Stage, train
 from sparsifiner.viz.figures import key_list_svg
 

@@ -6,7 +6,7 @@ import torch
 import sparsifiner
 from sparsifiner.measure import recall
 from sparsifiner.measure.recall import mask_recall
-from sparsifiner.trace import trace_projections
+from sparsifiner.tracing import trace_projections
 from tests.models import make_images, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")

@@ -15,7 +15,7 @@ from collections import Counter
 import torch
 
 import sparsifiner
-from sparsifiner.training.calibration import calibrate
+from sparsifiner.calibration.budgets import calibrate
 from tests.models import make_model
 
 TASKS = ("sparsify", "forward", "calibrate")

@@ -10,8 +10,8 @@ from sparsifiner.models.features import token_states
 from sparsifiner.patch import sparse_layers
 from sparsifiner.tokens import Counts
 from sparsifiner.tokens.method import share_of
-from tests.measure.test_macs import flops
 from tests.models import make_images, make_model
+from tests.test_macs import flops
 
 pytestmark = pytest.mark.filterwarnings("ignore:the (low-rank scorer|token predictor) is untrained")
 

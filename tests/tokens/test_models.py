@@ -15,6 +15,7 @@ from torch import nn
 
 import sparsifiner
 from sparsifiner import DynamicViT, EViT, SparsifyConfig, ToMe
+from sparsifiner.calibration.budgets import calibrate
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.measure.recall import mask_recall
 from sparsifiner.models.adapter import config_to_dict, is_predictor, is_scorer
@@ -23,7 +24,6 @@ from sparsifiner.models.loading import load_model
 from sparsifiner.patch import sparse_layers
 from sparsifiner.tokens import describe_tokens, read_tokens
 from sparsifiner.tokens.blocks import TokenBlocks
-from sparsifiner.training.calibration import calibrate
 from tests.models import SMALL, make_images, make_model, summaries_of_single_patches
 
 pytestmark = pytest.mark.filterwarnings("ignore:the (low-rank scorer|token predictor) is untrained")

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from sparsifiner.geometry.connectivity import Connectivity
-from sparsifiner.trace import LayerTrace
+from sparsifiner.tracing import LayerTrace
 from sparsifiner.viz.figures import key_list_svg
 
 IMAGE = Image.new("RGB", (8, 6), "white")

@@ -5,14 +5,14 @@ import time
 from pathlib import Path
 from typing import Literal
 
+from sparsifiner.calibration.budgets import Calibration
+from sparsifiner.calibration.budgets import calibrate as calibrate_model
 from sparsifiner.cli.options import ImageOptions, ModelOptions, SparsityOptions, WeightOptions, build_model
 from sparsifiner.data import make_loader, open_images
 from sparsifiner.device import choose_device
 from sparsifiner.files import check_absent
 from sparsifiner.models.adapter import check_new, save_adapter
 from sparsifiner.patch import about_to_train
-from sparsifiner.training.calibration import Calibration
-from sparsifiner.training.calibration import calibrate as calibrate_model
 from sparsifiner.viz.calibration import write_calibration
 
 _BAR = 40

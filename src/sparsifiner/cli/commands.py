@@ -24,10 +24,10 @@ from sparsifiner.config import config_to_dict
 from sparsifiner.data import ImageSet, make_loader, open_images
 from sparsifiner.demo import run_demo
 from sparsifiner.device import choose_device
+from sparsifiner.macs import count_macs
 from sparsifiner.measure.accuracy import Accuracy
 from sparsifiner.measure.accuracy import evaluate as evaluate_accuracy
 from sparsifiner.measure.machine import describe_machine
-from sparsifiner.measure.macs import count_macs
 from sparsifiner.measure.recall import mask_recall as measure_recall
 from sparsifiner.models.loading import load_model, load_weights
 from sparsifiner.patch import about_to_train, desparsify, why_not

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from sparsifiner.compare.methods import METHODS, Budget, Geometry, Method
 from sparsifiner.data import ImageSet, evaluation_transform, make_loader
 from sparsifiner.files import write_aside
+from sparsifiner.macs import count_macs
 from sparsifiner.measure.accuracy import evaluate
-from sparsifiner.measure.macs import count_macs
 from sparsifiner.measure.memory import scratch_bytes
 from sparsifiner.measure.records import Row, append_rows, changing_rows, provenance, read_rows
 from sparsifiner.measure.timing import forward_calls, time_in_turns

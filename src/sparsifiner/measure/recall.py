@@ -9,7 +9,7 @@ from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.models.features import token_states
 from sparsifiner.patch import sparse_layers
 from sparsifiner.tokens.sizes import weigh_by_size
-from sparsifiner.trace import trace, trace_projections
+from sparsifiner.tracing import trace, trace_projections
 
 # attention probabilities that exist at once
 _CHUNK_ELEMENTS = 2**24

@@ -7,14 +7,13 @@ import os
 import platform
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 # torch comes first: the library then shares the OpenMP threads that torch has loaded
 import torch
 from torch import Tensor
-
-import sparsifiner
 
 LIBRARY_VARIABLE = "SPARSIFINER_LIBRARY"
 ISA_VARIABLE = "SPARSIFINER_ISA"
@@ -296,7 +295,9 @@ def _find() -> Path | None:
     if chosen:
         return Path(chosen)
     # an editable install has two folders, one for the sources and one for what was built
-    files = (Path(folder) / _FILE for folder in sparsifiner.__path__)
+    package = find_spec("sparsifiner")
+    folders = package.submodule_search_locations if package else None
+    files = (Path(folder) / _FILE for folder in folders or ())
     return next((file for file in files if file.is_file()), None)
 
 

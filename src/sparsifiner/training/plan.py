@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sparsifiner.data import ImageSet
-from sparsifiner.measure.macs import count_macs
+from sparsifiner.macs import count_macs
 from sparsifiner.models.adapter import is_scorer
 from sparsifiner.patch import sparse_layers, why_not
 from sparsifiner.training.data import Share

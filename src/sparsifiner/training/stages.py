@@ -19,7 +19,7 @@ from sparsifiner.scorers import BorrowingScorer
 from sparsifiner.tokens.blocks import TokenBlocks
 from sparsifiner.tokens.dynamicvit import ratio_loss
 from sparsifiner.tokens.state import take_tokens
-from sparsifiner.trace import trace_projections
+from sparsifiner.tracing import trace_projections
 from sparsifiner.training.losses import (
     classification_loss,
     distillation_loss,

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sparsifiner.training.calibration import Calibration
+from sparsifiner.calibration.budgets import Calibration
 from sparsifiner.viz.svg import write_svg
 
 _SIZE = (8.0, 4.0)  # inches

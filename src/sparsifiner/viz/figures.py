@@ -6,7 +6,7 @@ from html import escape
 
 from PIL import Image
 
-from sparsifiner.trace import LayerTrace
+from sparsifiner.tracing import LayerTrace
 
 _SIDE = 320  # px on the page
 _QUERY_COLOUR = "#e4572e"

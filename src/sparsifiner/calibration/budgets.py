@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsifiner.attention import SparseAttention
+from sparsifiner.calibration.scorer_fit import fit_scorers
 from sparsifiner.config import SparsifyConfig, change_config
 from sparsifiner.geometry.connectivity import exact_ratio
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.models.adapter import scorer_weights
 from sparsifiner.models.features import patch_tokens
 from sparsifiner.patch import sparse_layers, sparsify
-from sparsifiner.training.scorer_fit import fit_scorers
 
 # List lengths at which a layer is measured, as multiples of the mean length that is asked for.
 _MULTIPLES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparsifiner
 from sparsifiner.geometry.connectivity import exact_ratio
-from sparsifiner.measure.macs import paper_mhsa
+from sparsifiner.macs import paper_mhsa
 from tests.models import ARCHITECTURES, make_images, make_model
 
 DEIT_S = {"layers": 12, "heads": 6, "width": 384}

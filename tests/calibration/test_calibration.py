@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 import sparsifiner
+from sparsifiner.calibration import budgets
+from sparsifiner.calibration.budgets import calibrate, choose_budgets
 from sparsifiner.cli import main
 from sparsifiner.config import make_config
 from sparsifiner.measure.recall import mask_recall
 from sparsifiner.models.adapter import is_scorer, scorer_weights
 from sparsifiner.models.loading import load_model, load_weights
 from sparsifiner.patch import sparse_layers
-from sparsifiner.training import calibration
-from sparsifiner.training.calibration import calibrate, choose_budgets
 
 SMALL = {"patch_size": 4, "depth": 3, "embed_dim": 32, "num_heads": 2, "num_classes": 10}
 
@@ -115,7 +115,7 @@ def test_moves_keys_to_where_they_matter():
 def test_keeps_what_it_cannot_better(monkeypatch):
     model = make_sparse()
     monkeypatch.setattr(
-        "sparsifiner.training.calibration.choose_budgets", lambda *args: [65, 2, 2]
+        "sparsifiner.calibration.budgets.choose_budgets", lambda *args: [65, 2, 2]
     )  # starves the layer that matters
     before = budgets_of(model)
     report = calibrate(model, make_batches(4), progress=False)
@@ -225,7 +225,7 @@ class TestFit:
                     parameter.data.normal_()
             return True
 
-        monkeypatch.setattr("sparsifiner.training.calibration.fit_scorers", spoil)
+        monkeypatch.setattr("sparsifiner.calibration.budgets.fit_scorers", spoil)
         report = calibrate(model, batches, progress=False)
         assert all(torch.equal(value, before[key]) for key, value in scorer_weights(model).items())
         assert report.error <= report.error_before
@@ -374,8 +374,8 @@ def test_what_fails_leaves_scorers_as_they_were(monkeypatch):
         assert any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         raise MemoryError("none left")
 
-    monkeypatch.setattr(calibration, "_layer_errors", fail)
-    monkeypatch.setattr(calibration, "_mean_error", lambda *unused: 0.0)
+    monkeypatch.setattr(budgets, "_layer_errors", fail)
+    monkeypatch.setattr(budgets, "_mean_error", lambda *unused: 0.0)
     with pytest.raises(MemoryError, match="none left"):
         calibrate(model, [torch.randn(2, 3, 32, 32)], fit_steps=2, progress=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -1,0 +1,190 @@
+"""The arrows of DESIGN.md: who may import whom, and what an import costs.
+
+`python -m tests.test_architecture` prints the rooms and their arrows.
+"""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+SOURCE = pathlib.Path(__file__).parents[1] / "src" / "sparsifiner"
+
+# floors from the bottom; a module belongs to the longest name that it begins with
+FLOORS = (
+    ("files", "lazy", "device"),
+    ("geometry",),
+    ("ops",),
+    ("scorers", "tokens"),
+    ("config",),
+    ("standin", "attention"),
+    ("tokens.blocks",),
+    ("patch", "models"),
+    ("tracing", "macs"),
+    ("calibration", "training", "data", "measure", "compare", "viz", "demo"),
+    ("cli", "__main__"),
+    ("",),  # the package itself, which loads names on first use
+)
+
+# arrows that still run up, or from a picture-maker to others; this list only shrinks
+KNOWN = {
+    ("scorers", "config"),
+    ("scorers.base", "config"),
+    ("scorers.impact", "config"),
+    ("scorers.lowrank", "config"),
+    ("scorers.patterns", "config"),
+    ("cli", ""),
+    ("measure.machine", ""),
+    ("viz.calibration", "calibration.budgets"),
+    ("viz.figures", "tracing"),
+    ("viz.pareto", "compare.table"),
+}
+
+# what the product and calibration may need: torch, timm, safetensors, and what these need themselves
+LABORATORY = (
+    "accelerate",
+    "datasets",
+    "docstring_parser",
+    "jsonargparse",
+    "matplotlib",
+    "sklearn",
+    "tensorboard",
+)
+
+
+def name_of(file):
+    parts = list(file.relative_to(SOURCE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports():
+    """Pairs of modules, of which the first imports the second, for types alone or on first use aside."""
+    modules = {name_of(file): file for file in SOURCE.rglob("*.py")}
+    for name, file in modules.items():
+        tree = ast.parse(file.read_text())
+        for_types = {
+            inner
+            for node in ast.walk(tree)
+            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+            for inner in ast.walk(node)
+        }
+        for node in ast.walk(tree):
+            if node in for_types:
+                continue
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "sparsifiner":
+                module = (node.module or "").removeprefix("sparsifiner").removeprefix(".")
+                for alias in node.names:
+                    inner = f"{module}.{alias.name}".removeprefix(".")
+                    yield name, inner if inner in modules else module
+            elif isinstance(node, ast.Import):
+                for alias in node.names:
+                    if alias.name.partition(".")[0] == "sparsifiner":
+                        yield name, alias.name.removeprefix("sparsifiner").removeprefix(".")
+
+
+def floor_of(module):
+    """Number of the floor, and the name by which it is known there."""
+    known = [
+        (len(room), floor, room)
+        for floor, rooms in enumerate(FLOORS)
+        for room in rooms
+        if module == room or (room and module.startswith(f"{room}."))
+    ]
+    assert known, f"{module} stands on no floor; add it to FLOORS and DESIGN.md"
+    _, floor, room = max(known)
+    return floor, room
+
+
+def runs_up(importer, imported):
+    (above, room), (below, other) = floor_of(importer), floor_of(imported)
+    makes_pictures = room == "viz" and other not in {"viz", "files"}
+    return below > above or makes_pictures
+
+
+def test_arrows_run_down():
+    up = {arrow for arrow in imports() if runs_up(*arrow)}
+    assert up - KNOWN == set(), "these imports run up; move what is needed down, or hand it in"
+    assert KNOWN - up == set(), "these are gone: take them off the list"
+
+
+def test_backends_do_not_import_each_other():
+    kinds = ("reference", "torch_backend", "cpu_backend", "triton_backend")
+    own = {(a, b) for a, b in imports() if a.startswith("ops.") and b.startswith("ops.")}
+    ends = {(a, b) for a, b in own if a.rpartition(".")[2] in kinds and b.rpartition(".")[2] in kinds}
+    assert ends == set()
+
+
+def test_files_are_short():
+    root = SOURCE.parents[1]
+    folders = [root / "src", root / "csrc", root / "benchmarks"]
+    files = [file for folder in folders for end in ("py", "cpp", "h") for file in folder.rglob(f"*.{end}")]
+    long = {str(file.relative_to(root)) for file in files if len(file.read_text().splitlines()) > 420}
+    assert len(files) > 100
+    assert long == set()
+
+
+def run_alone(program):
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+
+def test_importing_the_package_costs_no_torch():
+    done = run_alone(
+        "import sys, sparsifiner; assert 'sparsify' in dir(sparsifiner); print('torch' in sys.modules)"
+    )
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_the_core_needs_torch_timm_and_safetensors_alone():
+    program = f"""
+import sys
+sys.modules |= dict.fromkeys({LABORATORY!r})  # as if they were missing
+import sparsifiner, timm, torch
+model = timm.create_model("vit_tiny_patch16_224", img_size=96, depth=2, embed_dim=48, num_heads=3).eval()
+sparsifiner.sparsify(model, keep=0.3, tile=2)
+images = torch.randn(2, 3, 96, 96)
+with torch.no_grad(), sparsifiner.trace(model) as traces:
+    model(images)
+sparsifiner.calibrate(model, [images], progress=False)
+macs = sparsifiner.count_macs(model, (3, 96, 96)).to_dict()
+print(len(traces), macs["sparse"]["total"] > 0, timm.is_model("lvvit_s"))
+"""
+    done = run_alone(program)
+    assert done.stdout == "2 True True\n", done.stderr
+
+
+def test_the_command_line_says_what_it_needs():
+    missing = "import sys; sys.modules['jsonargparse'] = None; from sparsifiner.__main__ import main; main()"
+    done = run_alone(missing)
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "sparsifiner: import of jsonargparse halted; None in sys.modules; "
+        "install it with pip install 'sparsifiner[all]'"
+    ]
+
+
+def test_names_that_are_not_there_are_an_attribute_error():
+    done = run_alone("import sparsifiner; sparsifiner.sparsifyer")
+    assert "AttributeError: module 'sparsifiner' has no attribute 'sparsifyer'" in done.stderr
+
+
+@pytest.mark.parametrize("room", ["sparsifiner", "sparsifiner.training"])
+def test_all_names_load(room):
+    package = __import__(room, fromlist=["__all__"])
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+
+
+def main():
+    arrows = {(floor_of(a)[1], floor_of(b)[1]) for a, b in imports()}
+    for floor, rooms in reversed(list(enumerate(FLOORS))):
+        for room in rooms:
+            targets = sorted(other or "sparsifiner" for own, other in arrows if own == room and other != room)
+            print(f"{floor:2} {room or 'sparsifiner':14} -> {', '.join(targets) or 'nobody'}")
+    up = sorted((a or "sparsifiner", b or "sparsifiner") for a, b in set(imports()) if runs_up(a, b))
+    print(f"{len(up)} arrows that run up:", ", ".join(f"{a} -> {b}" for a, b in up))
+
+
+if __name__ == "__main__":
+    main()
