@@ -9,10 +9,10 @@ empty=$(mktemp -d)
 trap 'rm -rf "$empty"' EXIT
 if command -v uv >/dev/null; then
     uv venv --quiet "$empty/env"
-    VIRTUAL_ENV="$empty/env" uv pip install --quiet -c requirements/dev.txt dist/*.whl
+    VIRTUAL_ENV="$empty/env" uv pip install --quiet -c requirements/dev.txt "$(echo dist/*.whl)[all]"
 else
     "${PYTHON:-python3}" -m venv "$empty/env"
-    "$empty/env/bin/pip" install --quiet -c requirements/dev.txt dist/*.whl
+    "$empty/env/bin/pip" install --quiet -c requirements/dev.txt "$(echo dist/*.whl)[all]"
 fi
 cd "$empty"
 "$empty/env/bin/sparsifiner" --help
