@@ -12,6 +12,7 @@ import sparsifiner
 from sparsifiner import scorers
 from sparsifiner.config import SparsifyConfig, make_config
 from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.curve import CurveLayout
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import select_topk
 from sparsifiner.scorers import ListSpec, LowRankScorer, make_scorer
@@ -266,3 +267,26 @@ def test_impact_lists_keys_on_small_grids_without_summaries(tile):
     lists = make("impact", layout, tile=tile)(q, k, v, spec).indices
     assert (lists >= 0).all()
     assert (lists == layout.tokens - 1).any()  # the corner patch is no window of its own
+
+
+def test_lowrank_scores_along_a_curve_take_the_origin_of_its_tokens():
+    q, k, v = make_qkv(CurveLayout(9, 1))
+    scorer = make("lowrank", TokenLayout((4, 4), 1))
+    with pytest.raises(TypeError, match="a curve of 9 patches take the origin of its tokens; give"):
+        scorer(q, k, v, spec_of(CurveLayout(9, 1), 2, 3))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "lowrank"])
+@pytest.mark.parametrize("tile", [1, 2, 4])
+def test_lists_along_a_curve_are_those_of_a_grid_of_one_row_cut_into_as_long_runs(name, tile):
+    curve, row = CurveLayout(41, 1), TokenLayout((1, 41), 1)
+    q, k, v = make_qkv(curve)
+    # squares that a row cuts off are as long as their side
+    along = ListSpec(curve, tile, 9, 1, scale=0.25, summary=2)
+    in_row = ListSpec(row, tile * tile, 9, 1, scale=0.25, summary=4)
+    own, others = make(name, curve), make(name, row)
+    if name == "impact":
+        own.pool, others.pool = max(1, tile // 2), max(1, tile // 2) ** 2
+    lists = own(q, k, v, along)
+    assert lists.layout == curve
+    assert torch.equal(lists.indices, others(q, k, v, in_row).indices)

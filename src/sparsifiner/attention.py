@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.geometry.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
 from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.geometry.layout import Layout
 from sparsifiner.ops.dense import dense_attention
 from sparsifiner.ops.sparse_attention.api import attend_scored
 from sparsifiner.scorers import ListSpec, Origin, Scorer, SharedLists
@@ -185,7 +186,7 @@ class SparseAttention(StandIn):
             )
         return layout
 
-    def list_spec(self, layout: TokenLayout, whole: TokenLayout | None = None) -> ListSpec | None:
+    def list_spec(self, layout: Layout, whole: Layout | None = None) -> ListSpec | None:
         """The lists wanted, or None where this layer stays dense.
 
         A layer is dense attention where its lists and summaries would be no shorter than all keys, and below
@@ -194,28 +195,20 @@ class SparseAttention(StandIn):
         Args:
             layout: where the tokens lie.
             whole: where all tokens of the image lie, if some were dropped: lists are as long as for all of
-                them, and tiles and windows are runs of as many tokens as their squares have.
+                them.
         """
-        config, runs = self.config, whole is not None
+        config = self.config
         whole = whole or layout
         keep = self.keep
         if config.tokens is not None and whole.patches != self._configured_patches:
             keep = self._keep_at(whole.patches)  # how many queries each layer has depends on the image size
         forced = forced_prefix(layout.prefix, config.tile, config.summary)
         budget = min(layout.tokens, _key_budget(keep, whole.tokens, forced))
-        summary = self.summary_side(layout, runs=runs)
+        summary = layout.auto_summary() if config.summary == "auto" else config.summary
         visits = budget + (0 if summary is None else layout.squares(summary))
         if layout.tokens < config.min_tokens or visits >= layout.tokens:
             return None
-        tile = config.tile**2 if runs else config.tile
-        return ListSpec(layout, tile, budget, forced, self.scale, self.backend, summary, runs=runs)
-
-    def summary_side(self, layout: TokenLayout, *, runs: bool = False) -> int | None:
-        """Side of the summary windows, their length where tokens lie in runs; None for no summaries."""
-        side = self.config.summary
-        if side is None or side == "auto":
-            return layout.auto_summary() if side == "auto" else None
-        return side**2 if runs else side
+        return ListSpec(layout, config.tile, budget, forced, self.scale, self.backend, summary)
 
     @property
     def backend(self) -> str:
@@ -358,16 +351,11 @@ def merge_heads(attention: Any, x: Tensor, out: Tensor) -> Tensor:
     return projected
 
 
-def dense_connectivity(batch: int, heads: int, layout: TokenLayout, tile: int, like: Tensor) -> Connectivity:
+def dense_connectivity(batch: int, heads: int, layout: Layout, tile: int, like: Tensor) -> Connectivity:
     """Lists of all keys: what a layer that stays dense attends to."""
     every = torch.arange(layout.tokens, dtype=torch.int32, device=like.device)
-    return Connectivity(
-        every.expand(batch, heads, layout.squares(tile), -1),
-        layout.grid,
-        tile,
-        layout.prefix,
-        check=False,
-    )
+    lists = every.expand(batch, heads, layout.squares(tile), -1)
+    return Connectivity.over(layout, lists, tile, check=False)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

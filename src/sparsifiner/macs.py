@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsifiner.attention import SparseAttention
+from sparsifiner.geometry.curve import CurveLayout
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.models.linformer import LinformerAttention
 from sparsifiner.patch import reasons_against
@@ -209,7 +210,7 @@ def _count_layer(block: Any, layout: TokenLayout, count: Counts) -> LayerMacs:
     dense = per_pair * N * N
     patches = n - layout.prefix - count.fused
     whole = patches == layout.patches
-    now = layout if whole else TokenLayout((1, patches), layout.prefix + count.fused)
+    now = layout if whole else CurveLayout(patches, layout.prefix + count.fused)
     choice = 0
     if count.gone and getattr(block, "reducer", None) is not None:
         choice = block.reducer.macs(count, layout.prefix, attention.attn_dim, attention.head_dim)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention, dense_connectivity, split_heads
 from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.layout import Side
 from sparsifiner.patch import sparse_layers
 
 
@@ -20,14 +21,15 @@ class LayerTrace:
 
     Attributes:
         connectivity: its key lists; lists of all keys where the layer stayed dense.
-        summary: side of its summary windows, None for none.
+        summary: side of its summary windows, or the run that one is where patches are gone and "auto" chose;
+            None for none.
         dense: whether it stayed dense.
         positions: int64 [B, n], place in the image of each patch that the layer saw, as a raster index, where
             some were dropped before; None where it saw all.
     """
 
     connectivity: Connectivity
-    summary: int | None
+    summary: Side | None
     dense: bool
     positions: Tensor | None = None
 
@@ -116,8 +118,7 @@ def _record_rest(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
         state = kwargs.get("state")
         if layer.layer not in traces:
             layout = layer.current_layout(args[0].shape[1]) if state is None else state.layout
-            tile = layer.config.tile if state is None or state.positions is None else layer.config.tile**2
-            lists = dense_connectivity(len(args[0]), layer.num_heads, layout, tile, args[0])
+            lists = dense_connectivity(len(args[0]), layer.num_heads, layout, layer.config.tile, args[0])
             traces[layer.layer] = LayerTrace(lists, None, dense=True)
         if state is not None:
             traces[layer.layer] = replace(traces[layer.layer], positions=state.positions)

@@ -25,7 +25,7 @@ def make_connectivity(layout, keep, tile, summary, heads=2, batch=1, device="cpu
     indices = select_topk(
         scores, key_budget(exact_ratio(keep), layout.tokens, forced), forced=forced, backend="reference"
     )
-    return Connectivity(indices, layout.grid, tile, layout.prefix, selected=True)
+    return Connectivity.over(layout, indices, tile, selected=True)
 
 
 def largest_terms(inputs, upstream, scale):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.geometry.layout import Run
 from sparsifiner.ops import sparse_attention
 from tests.ops.cases import GRIDS, make_connectivity, make_qkv
 
@@ -141,5 +142,7 @@ def test_bad_arguments_are_named():
         sparse_attention(q[:, :1], k[:, :1], v[:, :1], connectivity)
     with pytest.raises(ValueError, match="summary must be a window side of at least 1"):
         sparse_attention(q, k, v, connectivity, summary=0)
+    with pytest.raises(ValueError, match=r"side of at least 1 patch or None, got Run\(length=2\)"):
+        sparse_attention(q, k, v, connectivity, summary=Run(2))  # which a grid does not have
     with pytest.raises(ValueError, match="backend='flash' is not available"):
         sparse_attention(q, k, v, connectivity, backend="flash")

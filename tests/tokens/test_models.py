@@ -16,6 +16,7 @@ from torch import nn
 import sparsifiner
 from sparsifiner import DynamicViT, EViT, SparsifyConfig, ToMe
 from sparsifiner.calibration.budgets import calibrate
+from sparsifiner.geometry.curve import CurveLayout
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.measure.recall import mask_recall
 from sparsifiner.models.adapter import config_to_dict, is_predictor, is_scorer
@@ -349,9 +350,9 @@ def test_trace_tells_where_tokens_come_from():
         assert torch.equal(traces[layer].positions, states[layer - 1].positions)
         assert traces[layer].positions.shape == (2, patches)
         assert traces[layer].positions.max() < 35
-    # runs of 16 and 4 in the place of tiles of 4 x 4 and windows of 2 x 2; the fused token is prefix
+    # runs of 16 in the place of tiles of 4 x 4; the fused token is prefix
     lists = traces[2].connectivity
-    assert (lists.grid, lists.prefix, lists.tile, traces[2].summary) == ((1, 18), 2, 16, 4)
+    assert (lists.layout, lists.tile, traces[2].summary) == (CurveLayout(18, 2), 4, 2)
     assert lists.indices.shape == (2, 3, 2, 8)
     assert (lists.indices[..., :2] == torch.tensor([0, 1])).all()
     # of 11 tokens 8 would be listed, and three windows

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from sparsifiner import DynamicViT, EViT, ToMe
 from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.curve import CurveLayout
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import sparse_attention
 from sparsifiner.tokens import TokenState
@@ -92,7 +93,7 @@ def test_evit_drops_and_fuses_as_described(layout, fuse):
         positions = [each[1] for each in expected]
         assert state.positions.tolist() == positions
         assert state.fused == fuse
-        assert state.layout == TokenLayout((1, len(positions[0])), layout.prefix + fuse)
+        assert state.layout == CurveLayout(len(positions[0]), layout.prefix + fuse)
         assert_same(actual, torch.stack([each[0] for each in expected]), inputs)
     assert (state.sizes, state.policy) == (None, None)
 
@@ -381,7 +382,7 @@ def test_tokens_of_the_image_are_known_at_every_step():
     assert kept.tokens_of_image(2, torch.device("cpu")).tolist() == [[0, 1, 0, 3, 8, 16], [0, 1, 0, 2, 4, 5]]
     again = kept.keep(torch.tensor([[0, 2], [1, 2]]), fused=1)
     assert again.positions.tolist() == [[1, 14], [2, 3]]
-    assert again.layout == TokenLayout((1, 2), 3)
+    assert again.layout == CurveLayout(2, 3)
 
 
 @pytest.mark.parametrize("head_dim", [6, 16, 20])

@@ -1,18 +1,19 @@
-"""Runs of tokens in the place of tiles and windows: every backend of attention takes them."""
+"""Runs of tokens in the place of tiles and windows: every backend of attention takes a curve."""
 
 import pytest
 import torch
 
-from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.geometry.curve import CurveLayout
+from sparsifiner.geometry.layout import Run
 from sparsifiner.ops import native, sparse_attention
 from sparsifiner.ops.backend import HAS_TRITON
 from tests.ops.cases import assert_within_budget, largest_terms, make_connectivity, make_qkv
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-# of 4 x 4 queries and of 2 x 2 keys; the last ones are shorter. Without a GPU kernels are interpreted.
-TILE, SUMMARY = 16, 4
-LAYOUTS = [TokenLayout((1, 41), 2), TokenLayout((1, 9), 1)]
+# runs of 16 queries and of 4 keys, or 3; the last ones are shorter. Without a GPU kernels are interpreted.
+TILE, SUMMARY = 4, 2
+LAYOUTS = [CurveLayout(41, 2), CurveLayout(9, 1)]
 
 
 def forward_and_gradients(backend, inputs, connectivity, summary, upstream):
@@ -22,7 +23,7 @@ def forward_and_gradients(backend, inputs, connectivity, summary, upstream):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("summary", [SUMMARY, None])
+@pytest.mark.parametrize("summary", [SUMMARY, Run(3), None])
 @pytest.mark.parametrize(
     "backend",
     [
@@ -45,7 +46,7 @@ def test_forward_and_gradients_within_fp64_budget(backend, layout, summary):
 
 @pytest.mark.skipif(bool(native.why_not()), reason=native.why_not() or "runs")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("summary", [SUMMARY, None])
+@pytest.mark.parametrize("summary", [SUMMARY, Run(3), None])
 def test_native_forward_within_fp64_budget(layout, summary):
     connectivity, inputs = make_connectivity(layout, 0.2, TILE, summary), make_qkv(layout)
     actual = sparse_attention(*inputs, connectivity, summary, backend="cpu")

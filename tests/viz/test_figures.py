@@ -40,3 +40,9 @@ def test_summary_windows_are_a_grid():
 def test_query_outside_the_grid_is_named():
     with pytest.raises(ValueError, match=r"query=\(3, 0\) lies outside the grid of 3x4"):
         key_list_svg(IMAGE, make_trace(), (3, 0), head=0)
+
+
+def test_lists_along_a_curve_have_no_place_in_the_picture():
+    lists = Connectivity(torch.zeros(1, 1, 2, 1, dtype=torch.int32), tile=2, prefix=1, survivors=5)
+    with pytest.raises(ValueError, match="saw a curve of 5 patches, others were dropped before; draw"):
+        key_list_svg(IMAGE, LayerTrace(lists, None, dense=False), (0, 0), head=0)

@@ -2,12 +2,15 @@
 
 from dataclasses import InitVar, dataclass, field
 from fractions import Fraction
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from sparsifiner.geometry.curve import CurveLayout
 from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.geometry.layout import Layout
 
 
 def exact_ratio(keep: float) -> tuple[int, int]:
@@ -44,16 +47,19 @@ class Connectivity:
     """Key lists of one layer and the geometry that they refer to.
 
     A row owns one list. Rows are patch queries: one per patch at tile 1, else one per tile of
-    `tile` x `tile` patches in row-major order. Prefix queries have no row: they attend to every key.
+    `tile` x `tile` patches in row-major order, or, where patches are gone and the others lie along a curve,
+    one per run of `tile` * `tile` survivors in its order. Prefix queries have no row: they attend to every
+    key.
 
     Lists of this package ascend, -1 last. Those of others may come in any order: negative slots are empty
     wherever they are, and a key that is named twice counts twice.
 
     Attributes:
-        indices: int32 [B, H, rows, k], raster token indices (prefix included), -1 for empty slots.
-        grid: patches along height and width.
+        indices: int32 [B, H, rows, k], token indices (prefix included), -1 for empty slots.
+        grid: patches along height and width; None where they lie along a curve.
         tile: side of a tile in patches; 1 gives one list per query.
         prefix: number of prefix tokens before the patches.
+        survivors: patches along a curve, None where there is a grid.
         selected: whether this package's own selection made the lists, which kernels then read as they are:
             tokens ascend, none is named twice, and empty slots come last.
 
@@ -62,15 +68,16 @@ class Connectivity:
             compiling, tracing or capturing, they are empty slots.
 
     Raises:
-        TypeError: `indices` are not int32.
+        TypeError: `indices` are not int32, or there is not one of grid and survivors.
         ValueError: the shape of `indices` does not fit the geometry, or they name a token that is not there.
     """
 
     indices: Tensor
-    grid: tuple[int, int]
+    grid: tuple[int, int] | None = None
     tile: int = 1
     prefix: int = 0
     check: InitVar[bool] = True
+    survivors: int | None = field(default=None, kw_only=True)
     selected: bool = field(default=False, kw_only=True, repr=False, compare=False)
     _ascends: bool | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -79,6 +86,11 @@ class Connectivity:
         if self.indices.dtype != torch.int32:
             raise TypeError(
                 f"Connectivity: indices must be int32, got {self.indices.dtype}; call indices.int()"
+            )
+        if (self.grid is None) == (self.survivors is None):
+            raise TypeError(
+                f"Connectivity: patches lie in a grid or along a curve, got grid={self.grid} and "
+                f"survivors={self.survivors}; give one of them"
             )
         if self.indices.ndim != 4:
             raise ValueError(
@@ -92,17 +104,31 @@ class Connectivity:
         rows = self.layout.squares(self.tile)
         if self.indices.shape[2] != rows:
             raise ValueError(
-                f"Connectivity: a {self.grid[0]}x{self.grid[1]} grid with tile={self.tile} has {rows} rows, "
+                f"Connectivity: a {self.layout} with tile={self.tile} has {rows} rows, "
                 f"got indices with {self.indices.shape[2]}"
             )
         if check and self.indices.numel() and _can_read(self.indices):
             largest = int(self.indices.max())
             if largest >= self.layout.tokens:
                 raise ValueError(
-                    f"Connectivity: indices name token {largest}, but a {self.grid[0]}x{self.grid[1]} grid "
-                    f"behind {self.prefix} prefix tokens has the tokens 0 to {self.layout.tokens - 1}; give "
-                    "these, -1 for empty slots, or check=False to take others for empty slots"
+                    f"Connectivity: indices name token {largest}, but a {self.layout} behind {self.prefix} "
+                    f"prefix tokens has the tokens 0 to {self.layout.tokens - 1}; give these, -1 for empty "
+                    "slots, or check=False to take others for empty slots"
                 )
+
+    @classmethod
+    def over(cls, layout: Layout, indices: Tensor, tile: int, **options: Any) -> Self:
+        """Lists over the tokens of a layout.
+
+        Args:
+            layout: where the tokens lie.
+            indices: int32 [B, H, rows, k].
+            tile: side of a tile in patches.
+            options: the other arguments.
+        """
+        if isinstance(layout, CurveLayout):
+            return cls(indices, None, tile, layout.prefix, survivors=layout.survivors, **options)
+        return cls(indices, layout.raster, tile, layout.prefix, **options)
 
     def ascends(self) -> bool:
         """Whether the lists are known to ascend as selected ones do; seen once, waiting for the device."""
@@ -116,9 +142,12 @@ class Connectivity:
         return bool(self._ascends)
 
     @property
-    def layout(self) -> TokenLayout:
+    def layout(self) -> Layout:
         """Geometry of the tokens."""
-        return TokenLayout(self.grid, self.prefix)
+        if self.grid is not None:
+            return TokenLayout(self.grid, self.prefix)
+        assert self.survivors is not None
+        return CurveLayout(self.survivors, self.prefix)
 
     def alone(self) -> "Connectivity":
         """The lists for whoever has other keys and values than those that they were chosen from."""
@@ -166,9 +195,7 @@ class ScoredLists(Connectivity):
 
     def alone(self) -> Connectivity:
         """See `Connectivity.alone`."""
-        return Connectivity(
-            self.indices, self.grid, self.tile, self.prefix, check=False, selected=self.selected
-        )
+        return Connectivity.over(self.layout, self.indices, self.tile, check=False, selected=self.selected)
 
 
 def _can_read(entries: Tensor) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.layout import Side
 from sparsifiner.ops.sparse_attention.api import attend_scored
 from sparsifiner.patch import sparse_layers
 from sparsifiner.scorers import BorrowingScorer, ListSpec, Scorer
@@ -40,7 +41,7 @@ def check_operation(
     scorer: Scorer,
     inputs: tuple[Tensor, Tensor, Tensor],
     spec: ListSpec,
-    summary: int | None,
+    summary: Side | None,
     upstream: Tensor | None = None,
 ) -> Parity:
     """Compares selection and attention with the reference, on the last head of the last batch element.
@@ -55,7 +56,7 @@ def check_operation(
         scorer: chooses the keys.
         inputs: q, k and v, each [B, H, N, d].
         spec: the lists wanted; its backend is checked.
-        summary: side of the summary windows, or None.
+        summary: side of the summary windows, or the run that one is; None for no summaries.
         upstream: gradient of the output [B, H, N, d] with which to check those of q, k and v, or None.
 
     Raises:
@@ -145,7 +146,7 @@ def check_model(model: nn.Module, image: Tensor) -> Parity | None:
 def _results(
     inputs: tuple[Tensor, Tensor, Tensor] | list[Tensor],
     connectivity: Connectivity,
-    summary: int | None,
+    summary: Side | None,
     backend: str,
     upstream: Tensor | None,
 ) -> list[Tensor]:

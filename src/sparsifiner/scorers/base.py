@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.geometry.connectivity import Connectivity, ScoredLists
 from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.geometry.layout import Layout, Side
 from sparsifiner.ops import select_topk
 from sparsifiner.ops.backend import resolve_backend
 from sparsifiner.ops.precision import without_autocast
@@ -40,25 +41,24 @@ class ListSpec:
 
     Attributes:
         layout: where the tokens lie.
-        tile: side of the tile of queries that share a list.
+        tile: side in patches of the tile of queries that share a list.
         budget: keys in each list.
         forced: prefix keys that are in every list.
         scale: factor of the layer's logits.
         backend: backend of the selection.
-        summary: side of the windows whose means stand for the keys that a list lacks, None for none.
-        runs: tokens lie in a line, and tile and windows are runs of a square number of them.
+        summary: side in patches of the windows whose means stand for the keys that a list lacks, or the run
+            that one is; None for none.
         origin: where the tokens come from, None if all of the image are there.
         present: bool [B, N], tokens that may be listed; None for all.
     """
 
-    layout: TokenLayout
+    layout: Layout
     tile: int
     budget: int
     forced: int
     scale: float
     backend: str = "auto"
-    summary: int | None = None
-    runs: bool = False
+    summary: Side | None = None
     origin: Origin | None = None
     present: Tensor | None = None
 
@@ -69,10 +69,10 @@ class ListSpec:
 
     def connectivity(self, indices: Tensor, window_means: Tensor | None = None) -> Connectivity:
         """Lists as `select_topk` gives, with the window means that were computed beside them, if any."""
-        geometry = (indices, self.layout.grid, self.tile, self.layout.prefix)
+        lists = (self.layout, indices, self.tile)
         if window_means is None:
-            return Connectivity(*geometry, check=False, selected=True)
-        return ScoredLists(*geometry, check=False, selected=True, window_means=window_means)
+            return Connectivity.over(*lists, check=False, selected=True)
+        return ScoredLists.over(*lists, check=False, selected=True, window_means=window_means)
 
 
 class Scorer(nn.Module):
@@ -107,7 +107,7 @@ class Scorer(nn.Module):
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """Multiply-accumulates per image of everything that the scorer multiplies."""
 
-    def factors(self, q: Tensor, k: Tensor, layout: TokenLayout, tile: int) -> tuple[Tensor, Tensor]:
+    def factors(self, q: Tensor, k: Tensor, layout: Layout, tile: int) -> tuple[Tensor, Tensor]:
         """Differentiable factors of the scores, `coefficients @ basis.T`, for training.
 
         Args:

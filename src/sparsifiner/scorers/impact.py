@@ -1,13 +1,12 @@
 """How much a tile's result would change without a key: training-free, and better than a pooled score."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.layout import Side
 from sparsifiner.ops.kernels import why_no_kernel
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.ops.select import operators
@@ -96,16 +95,13 @@ class ImpactScorer(Scorer):
 
     def pool_side(self, spec: ListSpec) -> int:
         """Side of the squares whose mean queries score."""
-        height, width = spec.layout.square_shape(spec.tile)
-        if spec.budget - spec.forced < height * width // 4:
+        if spec.budget - spec.forced < spec.layout.square_patches(spec.tile) // 4:
             return spec.tile
-        side = math.isqrt(spec.tile) if spec.runs else spec.tile
-        pool = self.pool or (side if side % 2 else side // 2)
-        return pool**2 if spec.runs else pool
+        return self.pool or (spec.tile if spec.tile % 2 else spec.tile // 2)
 
     @staticmethod
-    def _window_side(spec: ListSpec) -> int:
-        return spec.summary or max(spec.layout.grid)
+    def _window_side(spec: ListSpec) -> Side:
+        return spec.summary or spec.layout.whole()
 
     def fused_lists(
         self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str
@@ -113,8 +109,7 @@ class ImpactScorer(Scorer):
         """See `Scorer.fused_lists`."""
         if why_no_kernel(backend, q) or (backend == "triton" and spec.tile == 1):
             return None
-        layout, pool = spec.layout, self.pool_side(spec)
-        geometry = (*layout.grid, layout.prefix, spec.tile, pool, self._window_side(spec))
+        geometry = spec.layout.for_kernels(spec.tile, self.pool_side(spec), self._window_side(spec))
         sizes = (spec.scale, spec.budget, spec.forced)
         means: Tensor | None = None
         if backend == "triton":
@@ -135,8 +130,7 @@ class ImpactScorer(Scorer):
 
     def elements_per_row(self, spec: ListSpec) -> int:
         """See `Scorer.elements_per_row`: all squares of a tile."""
-        squares = spec.tile // self.pool_side(spec)
-        return spec.layout.tokens * (squares if spec.runs else squares**2)
+        return spec.layout.tokens * spec.layout.squares_per_tile(spec.tile, self.pool_side(spec))
 
     def extra_repr(self) -> str:
         """Side of the squares."""

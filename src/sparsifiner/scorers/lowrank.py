@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.geometry.layout import Layout
 from sparsifiner.ops.kernels import why_no_kernel
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.ops.select import operators
@@ -113,7 +114,7 @@ class LowRankScorer(Scorer):
         nn.init.zeros_(self.key.bias)
 
     def coefficients(
-        self, q: Tensor, k: Tensor, layout: TokenLayout, tile: int = 1, origin: Origin | None = None
+        self, q: Tensor, k: Tensor, layout: Layout, tile: int = 1, origin: Origin | None = None
     ) -> Tensor:
         """C, all K coefficients of every row: [B, H, rows, K], rows sum to 1.
 
@@ -131,7 +132,7 @@ class LowRankScorer(Scorer):
         reduced_query = F.linear(query, query_weight, query_bias)
         reduced_key = F.linear(k.to(accurate), key_weight, key_bias)
         if origin is None:
-            down = self._resampled_down(layout).to(accurate)
+            down = self._resampled_down(_whole(layout)).to(accurate)
         else:
             of_image = self._resampled_down(origin.layout).to(accurate)
             # a quadrature, whose sum stays when patches go
@@ -152,19 +153,19 @@ class LowRankScorer(Scorer):
         sparse = F.threshold(magnitude.detach(), self.basis_threshold, 0.0)
         return sparse + (magnitude - magnitude.detach()) if torch.is_grad_enabled() else sparse
 
-    def factors(self, q: Tensor, k: Tensor, layout: TokenLayout, tile: int) -> tuple[Tensor, Tensor]:
+    def factors(self, q: Tensor, k: Tensor, layout: Layout, tile: int) -> tuple[Tensor, Tensor]:
         """See `Scorer.factors`: C̃ and Ũ; with `legacy` C and the signed W_up, as the released code fits."""
         if self.legacy:
-            return self.coefficients(q, k, layout, tile), self._resampled_up(layout)
+            return self.coefficients(q, k, layout, tile), self._resampled_up(_whole(layout))
         largest = self._largest_coefficients(q, k, layout, tile)
         sparse = largest.values.new_zeros(*largest.values.shape[:-1], self.up.shape[1])
-        return sparse.scatter(-1, largest.indices, largest.values), self.basis(layout)
+        return sparse.scatter(-1, largest.indices, largest.values), self.basis(_whole(layout))
 
     def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
         largest = self._largest_coefficients(q, k, spec.layout, spec.tile, spec.origin)
         if spec.origin is None:
-            basis = self.basis(spec.layout).to(largest.values.dtype).mT.contiguous()  # [K, N]
+            basis = self.basis(_whole(spec.layout)).to(largest.values.dtype).mT.contiguous()  # [K, N]
             first_row = torch.zeros(1, dtype=torch.long, device=q.device)
         else:
             of_image = self.basis(spec.origin.layout).to(largest.values.dtype)
@@ -195,7 +196,7 @@ class LowRankScorer(Scorer):
         """See `Scorer.fused_lists`."""
         if self.legacy or spec.origin is not None or why_no_kernel(backend, q):
             return None
-        layout = spec.layout
+        layout = _whole(spec.layout)
         if backend == "triton":
             if layout.tokens - spec.forced > operators.LOWRANK_TOKENS:
                 return None
@@ -206,7 +207,7 @@ class LowRankScorer(Scorer):
         basis = self.basis(layout).mT
         weights = (*self._projections(q), self._resampled_down(layout), basis)
         kept = min(self.coef_topk, basis.shape[0])
-        geometry = (*layout.grid, layout.prefix, spec.tile)
+        geometry = layout.for_kernels(spec.tile)
         sizes = (self.temperature, kept, spec.budget, spec.forced)
         select = operators.select_lowrank if backend == "triton" else operators.select_lowrank_cpu
         listed: Tensor = select(q, k, *weights, *geometry, *sizes)
@@ -246,7 +247,7 @@ class LowRankScorer(Scorer):
         return *_affine_map(self.query, q), *_affine_map(self.key, q)
 
     def _largest_coefficients(
-        self, q: Tensor, k: Tensor, layout: TokenLayout, tile: int, origin: Origin | None = None
+        self, q: Tensor, k: Tensor, layout: Layout, tile: int, origin: Origin | None = None
     ) -> torch.return_types.topk:
         """Values and indices of the coefficients that are kept, [B, H, rows, coef_topk]."""
         coefficients = self.coefficients(q, k, layout, tile, origin)
@@ -279,6 +280,17 @@ class LowRankScorer(Scorer):
         )
         assert isinstance(resampled, Tensor)
         return resampled.squeeze(0)
+
+
+def _whole(layout: Layout) -> TokenLayout:
+    """The layout of a whole image, for which weights can be resampled.
+
+    Raises:
+        TypeError: patches are gone, and it is not told which.
+    """
+    if not isinstance(layout, TokenLayout):
+        raise TypeError(f"low-rank scores for a {layout} take the origin of its tokens; give ListSpec.origin")
+    return layout
 
 
 def _affine_map(projection: nn.Module, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,14 +19,13 @@ class _FixedScorer(Scorer):
 class WindowScorer(_FixedScorer):
     """The keys nearest to the centre of the tile; prefix keys count as nearest.
 
-    Where tokens were dropped, distance is along the line in which the others lie.
+    Where tokens were dropped, distance is along the curve in which the others lie.
     """
 
     def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
         layout = spec.layout
-        patch = torch.arange(layout.patches, device=q.device)
-        position = torch.stack([patch // layout.grid[1], patch % layout.grid[1]], -1).float()  # [patches, 2]
+        position = layout.positions(q.device).float()  # [patches, 2]
         centre = layout.square_means(position[None, None], spec.tile)[0, 0]  # [rows, 2]
 
         def scores(start: int, stop: int) -> Tensor:
@@ -182,4 +181,4 @@ class OracleScorer(Scorer):
 
     def elements_per_row(self, spec: ListSpec) -> int:
         """All queries of a tile."""
-        return spec.layout.tokens * spec.tile**2
+        return spec.layout.tokens * spec.layout.square_patches(spec.tile)

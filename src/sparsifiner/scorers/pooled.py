@@ -30,8 +30,7 @@ class PooledScorer(Scorer):
         """See `Scorer.fused_lists`; on a CPU the scores are few and written."""
         if backend == "cpu" or why_no_kernel(backend, q) or spec.tile == 1:
             return None
-        layout = spec.layout
-        geometry = (*layout.grid, layout.prefix, spec.tile)
+        geometry = spec.layout.for_kernels(spec.tile)
         listed: Tensor = operators.select_pooled(q, k, *geometry, spec.budget, spec.forced)
         return spec.connectivity(listed)
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.layout import Side
 from sparsifiner.ops.precision import accumulation_dtype, without_autocast
 
 # how much more than the largest key that stays a key that goes may weigh, for its gradient alone
@@ -20,7 +21,7 @@ def attend_with_policy(
     policy: Tensor,
     scale: float,
     connectivity: Connectivity | None = None,
-    summary: int | None = None,
+    summary: Side | None = None,
 ) -> Tensor:
     """Dense attention in which keys weigh as much as the policy says, a token itself always; for training.
 

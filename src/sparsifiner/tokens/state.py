@@ -5,7 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sparsifiner.geometry.curve import CurveLayout, places_on_curve
 from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.geometry.layout import Layout
 from sparsifiner.ops import select_topk
 
 # On a CPU so few are sorted before a kernel is called.
@@ -16,9 +18,8 @@ _SORTED_SCORES = 512
 class TokenState:
     """The tokens of one call on their way through the blocks: prefix, fused tokens, patches.
 
-    Until the first one is dropped patches lie in raster order. From then on they lie along a curve that keeps
-    neighbours together, so that a run of `tile ** 2` of them takes the place of a tile, and a run of
-    `summary ** 2` that of a window.
+    Until the first one is dropped patches lie in raster order. From then on they lie along a curve, see
+    `CurveLayout`.
 
     Attributes:
         whole: where all tokens of the image lie.
@@ -42,11 +43,11 @@ class TokenState:
         return self.whole.prefix + self.fused
 
     @property
-    def layout(self) -> TokenLayout:
+    def layout(self) -> Layout:
         """Where the tokens that are left lie."""
         if self.positions is None:
             return self.whole
-        return TokenLayout((1, self.positions.shape[1]), self.prefix)
+        return CurveLayout(self.positions.shape[1], self.prefix)
 
     def tokens_of_image(self, batch: int, device: torch.device) -> Tensor:
         """Index of each token among all tokens of the image, int64 [B, N]; fused ones count as the first."""
@@ -72,7 +73,7 @@ class TokenState:
         """
         if self.positions is not None:  # the patches of now follow the curve already
             return best_of(scores, count, self.backend)
-        patch, exists = _curve(self.whole.grid, scores.device)
+        patch, exists = places_on_curve(self.whole.grid, scores.device)
         return patch[best_of(scores[:, patch], count, self.backend, exists)]
 
     def keep(self, chosen: Tensor, *, fused: int = 0, sizes: Tensor | None = None) -> "TokenState":
@@ -109,23 +110,3 @@ def best_of(scores: Tensor, count: int, backend: str, exists: Tensor | None = No
 def take_tokens(x: Tensor, chosen: Tensor) -> Tensor:
     """Rows [B, m, C] of x [B, n, C] by indices [B, m]."""
     return x.gather(1, chosen[:, :, None].expand(-1, -1, x.shape[-1]))
-
-
-def _curve(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Patch at each place of a Z-order curve, int64 [places], and whether the grid has it.
-
-    Bits of column and row take turns in a place. The curve runs through the grid with sides rounded up to
-    powers of two. Every square whose side is a power of two, aligned to it, is a run of the curve.
-    """
-    height_bits, width_bits = ((side - 1).bit_length() for side in grid)
-    rest = torch.arange(1 << (height_bits + width_bits), device=device)
-    row, column = torch.zeros_like(rest), torch.zeros_like(rest)
-    for bit in range(max(height_bits, width_bits)):
-        if bit < width_bits:
-            column |= (rest & 1) << bit
-            rest = rest >> 1
-        if bit < height_bits:
-            row |= (rest & 1) << bit
-            rest = rest >> 1
-    exists = (row < grid[0]) & (column < grid[1])
-    return torch.where(exists, row * grid[1] + column, 0), exists

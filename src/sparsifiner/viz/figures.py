@@ -27,8 +27,15 @@ def key_list_svg(image: Image.Image, trace: LayerTrace, query: tuple[int, int], 
 
     Returns:
         An SVG element.
+
+    Raises:
+        ValueError: the query lies outside the grid, or patches were dropped before the layer.
     """
     connectivity = trace.connectivity
+    if connectivity.grid is None:
+        raise ValueError(
+            f"the layer saw a {connectivity.layout}, others were dropped before; draw a layer that saw all"
+        )
     layout, (height, width), tile = connectivity.layout, connectivity.grid, connectivity.tile
     y, x = query
     if not (0 <= y < height and 0 <= x < width):
@@ -48,11 +55,12 @@ def key_list_svg(image: Image.Image, trace: LayerTrace, query: tuple[int, int], 
         for top, left in cells
     ]
     if trace.summary is not None:
+        side = layout.extent(trace.summary)
         parts += [
-            f'<rect x="{left}" y="{top}" width="{trace.summary}" height="{trace.summary}" fill="none" '
+            f'<rect x="{left}" y="{top}" width="{side}" height="{side}" fill="none" '
             f'stroke="{_WINDOW_COLOUR}" stroke-width=".04"/>'
-            for top in range(0, height, trace.summary)
-            for left in range(0, width, trace.summary)
+            for top in range(0, height, side)
+            for left in range(0, width, side)
         ]
     parts.append(_outline(y // tile * tile, x // tile * tile, tile, 0.08))
     parts.append(_outline(y, x, 1, 0.2))

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from sparsifiner.geometry.connectivity import Connectivity, ScoredLists
+from sparsifiner.geometry.curve import CurveLayout
+from sparsifiner.geometry.layout import Layout, Run, Side
 from sparsifiner.ops.backend import resolve_backend
 from sparsifiner.ops.kernels import why_no_kernel
 from sparsifiner.ops.precision import without_autocast
@@ -23,7 +25,7 @@ def sparse_attention(
     k: Tensor,
     v: Tensor,
     connectivity: Connectivity,
-    summary: int | None = None,
+    summary: Side | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -40,7 +42,8 @@ def sparse_attention(
         k: [B, H, N, d] keys.
         v: [B, H, N, d] values.
         connectivity: key lists for [B, H] and the geometry of the N tokens.
-        summary: side of the windows in patches, None for no summaries.
+        summary: side of the windows in patches, None for no summaries. Where `connectivity` is along a curve
+            windows are runs of `summary` * `summary` patches, or such a `Run` as is given.
         scale: factor of the logits, `d ** -0.5` by default.
         backend: "auto", "reference" (dense with a mask), "torch" (gathers), "cpu" (native code for head dims
             that are multiples of 16; where gradients are wanted "torch" computes in its place, so compile
@@ -65,7 +68,7 @@ def attend_scored(
     k: Tensor,
     v: Tensor,
     connectivity: Connectivity,
-    summary: int | None = None,
+    summary: Side | None = None,
     scale: float | None = None,
     backend: str = "auto",
     *,
@@ -85,7 +88,7 @@ def _attend(
     v: Tensor,
     connectivity: Connectivity,
     window_means: Tensor | None,
-    summary: int | None,
+    summary: Side | None,
     scale: float | None,
     backend: str,
     *,
@@ -111,7 +114,7 @@ def _attend(
             q, scale = q * 0, 1.0
         if chosen == "torch":
             return torch_backend.sparse_attention(q, k, v, connectivity, summary, scale, fused)
-        geometry = (*connectivity.grid, connectivity.prefix, connectivity.tile, summary or 0)
+        geometry = connectivity.layout.for_kernels(connectivity.tile, summary)
         if chosen == "cpu":
             native: Tensor = operators.attend_cpu(q, k, v, connectivity.indices, *geometry, scale)
             return native
@@ -122,7 +125,7 @@ def _attend(
         return out
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, summary: int | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, summary: Side | None) -> None:
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise TypeError(
             "sparse_attention: q, k and v must share one floating dtype, "
@@ -135,10 +138,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, summary:
         )
     tokens = connectivity.layout.tokens
     if q.shape[2] != tokens:
-        height, width = connectivity.grid
         raise ValueError(
             f"sparse_attention: q has {q.shape[2]} tokens but connectivity describes {tokens} "
-            f"({connectivity.prefix} prefix + {height}x{width} patches)"
+            f"({connectivity.prefix} prefix tokens and a {connectivity.layout})"
         )
     if connectivity.indices.shape[:2] != q.shape[:2]:
         raise ValueError(
@@ -151,7 +153,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, summary:
             "sparse_attention: q, k, v and connectivity.indices must be on one device, "
             f"got {', '.join(sorted(map(str, devices)))}"
         )
-    if summary is not None and (not isinstance(summary, int) or summary < 1):
+    _check_summary(connectivity.layout, summary)
+
+
+def _check_summary(layout: Layout, summary: Side | None) -> None:
+    if summary is None or (isinstance(summary, Run) and isinstance(layout, CurveLayout)):
+        return
+    if not isinstance(summary, int) or summary < 1:
         raise ValueError(
             f"sparse_attention: summary must be a window side of at least 1 patch or None, got {summary!r}"
         )
@@ -167,7 +175,7 @@ def _wants_gradients(*inputs: Tensor) -> bool:
     return any(dual.tangent is not None for dual in duals)
 
 
-def _why_not(q: Tensor, connectivity: Connectivity, summary: int | None) -> dict[str, str]:
+def _why_not(q: Tensor, connectivity: Connectivity, summary: Side | None) -> dict[str, str]:
     """Why kernels do not take these inputs, by backend."""
     reasons = {name: why_no_kernel(name, q) for name in ("triton", "cpu")}
     windows = connectivity.layout.squares(summary) if summary else 0

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.layout import Side
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.ops.sparse_attention.summaries import unselected_per_window, window_means
 
@@ -13,7 +14,7 @@ _ALIGNMENT = 8
 
 
 def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, summary: int | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, summary: Side | None, scale: float
 ) -> Tensor:
     """Same function as the reference, for tile 1; keeps a bias [B, H, N, N + W] in the dtype of `q`.
 
@@ -22,7 +23,7 @@ def sparse_attention(
         k: keys.
         v: values.
         connectivity: the key lists, one per query, without repeated keys.
-        summary: side of the windows in patches, or None.
+        summary: side of the windows in patches, or the run that one is; None for no summaries.
         scale: factor of the logits.
 
     Returns:

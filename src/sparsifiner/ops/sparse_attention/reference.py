@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.layout import Side
 from sparsifiner.ops.precision import accumulation_dtype
 
 
 def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, summary: int | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, summary: Side | None, scale: float
 ) -> Tensor:
     """Every query attends to its listed keys and to one summary key per window.
 
@@ -29,7 +30,7 @@ def sparse_attention(
         k: keys.
         v: values.
         connectivity: the key lists.
-        summary: side of the windows in patches, or None.
+        summary: side of the windows in patches, or the run that one is; None for no summaries.
         scale: factor of the logits.
 
     Returns:
@@ -52,15 +53,16 @@ def sparse_attention(
     return (probability @ value).to(q.dtype)
 
 
-def _window_membership(connectivity: Connectivity, side: int) -> Tensor:
+def _window_membership(connectivity: Connectivity, side: Side) -> Tensor:
     """bool [windows, N]: token lies in window; prefix tokens lie in none."""
-    height, width = connectivity.grid
-    member = torch.zeros(connectivity.layout.squares(side), connectivity.layout.tokens, dtype=torch.bool)
+    layout = connectivity.layout
+    (height, width), extent = layout.raster, layout.extent(side)
+    member = torch.zeros(layout.squares(side), layout.tokens, dtype=torch.bool)
     window = 0
-    for top in range(0, height, side):
-        for left in range(0, width, side):
-            for y in range(top, min(top + side, height)):
-                for x in range(left, min(left + side, width)):
+    for top in range(0, height, extent):
+        for left in range(0, width, extent):
+            for y in range(top, min(top + extent, height)):
+                for x in range(left, min(left + extent, width)):
                     member[window, connectivity.prefix + y * width + x] = True
             window += 1
     return member.to(connectivity.indices.device)

@@ -4,16 +4,16 @@ import torch
 from torch import Tensor
 
 from sparsifiner.geometry.connectivity import Connectivity
-from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.geometry.layout import Layout, Side
 from sparsifiner.ops.precision import accumulation_dtype
 
 
-def window_means(x: Tensor, layout: TokenLayout, side: int) -> Tensor:
+def window_means(x: Tensor, layout: Layout, side: Side) -> Tensor:
     """[B, H, N, d] to the means of the windows [B, H, W, d], accumulated in fp32."""
     return layout.square_means(x[:, :, layout.prefix :].to(accumulation_dtype(x.dtype)), side).to(x.dtype)
 
 
-def unselected_per_window(connectivity: Connectivity, side: int) -> Tensor:
+def unselected_per_window(connectivity: Connectivity, side: Side) -> Tensor:
     """Tokens of each window that each list lacks, int64 [B, H, rows, W]."""
     layout, windows = connectivity.layout, connectivity.layout.squares(side)
     tokens = torch.where(connectivity.is_key(), connectivity.indices, -1)

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.layout import Side
 from sparsifiner.ops.dense import dense_attention
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.ops.sparse_attention import masked
@@ -23,7 +24,7 @@ def sparse_attention(
     k: Tensor,
     v: Tensor,
     connectivity: Connectivity,
-    summary: int | None,
+    summary: Side | None,
     scale: float,
     fused: bool = True,
 ) -> Tensor:
@@ -39,7 +40,7 @@ def sparse_attention(
         k: keys.
         v: values.
         connectivity: the key lists.
-        summary: side of the windows in patches, or None.
+        summary: side of the windows in patches, or the run that one is; None for no summaries.
         scale: factor of the logits.
         fused: take torch's fused kernels, which have no second derivatives.
 

@@ -1,12 +1,12 @@
-"""Layouts, budgets and key lists."""
+"""Grids of patches, cut into squares."""
 
 import math
 
 import pytest
 import torch
 
-from sparsifiner.geometry.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
 from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.geometry.layout import Run
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 31), (14, 14), (5, 7)])
@@ -48,46 +48,34 @@ def test_auto_summary_is_the_largest_side_with_48_windows_but_at_least_2():
     assert TokenLayout((12, 12)).auto_summary() == TokenLayout((4, 4)).auto_summary() == 2
 
 
-@pytest.mark.parametrize(
-    ("keep", "tokens", "forced", "budget"),
-    [
-        (0.25, 197, 0, 50),
-        (0.1, 197, 0, 20),
-        (0.01, 197, 0, 2),
-        (1.0, 197, 5, 197),
-        (0.01, 197, 5, 6),
-        (0.07, 100, 0, 7),
-        (1 / 257, 257, 0, 1),
-        (0.5, 2, 5, 2),
-    ],
-)
-def test_key_budget(keep, tokens, forced, budget):
-    assert key_budget(exact_ratio(keep), tokens, forced) == budget
+@pytest.mark.parametrize("grid", [(16, 16), (5, 7), (4, 16), (3, 2)])
+@pytest.mark.parametrize(("tile", "pool"), [(8, 4), (8, 8), (6, 2), (4, 1)])
+def test_tiles_are_made_up_of_squares(grid, tile, pool):
+    layout, cpu = TokenLayout(grid, 2), torch.device("cpu")
+    members = layout.squares_of_tiles(tile, pool, cpu)
+    assert members.shape == (layout.squares(tile), layout.squares_per_tile(tile, pool))
+    tokens = layout.square_tokens(pool, cpu)
+    for own, whole in zip(members, layout.square_tokens(tile, cpu), strict=True):
+        found = tokens[own.unique()].flatten()
+        assert sorted(found[found >= 0].tolist()) == whole[whole >= 0].tolist()
 
 
-def test_prefix_is_forced_with_tiles_or_summaries_only():
-    assert [forced_prefix(2, *geometry) for geometry in ((1, None), (8, None), (1, 4), (8, 4))] == [
-        0,
-        2,
-        2,
-        2,
+def test_the_whole_is_one_square():
+    layout = TokenLayout((5, 7), 1)
+    assert layout.squares(layout.whole()) == 1
+    assert layout.square_patches(layout.whole()) == 35
+    assert layout.square_patches(4) == 16
+    assert layout.square_patches(6) == 30
+
+
+def test_kernels_take_a_grid_as_it_is():
+    assert TokenLayout((5, 7), 1).for_kernels(4, None, 2) == (5, 7, 1, 4, 0, 2)
+    assert TokenLayout((2, 3)).positions(torch.device("cpu")).tolist() == [
+        *([0, 0], [0, 1], [0, 2]),
+        *([1, 0], [1, 1], [1, 2]),
     ]
 
 
-def test_mask_and_density_of_ragged_tiles():
-    indices = torch.tensor([[0, 1], [2, -1]], dtype=torch.int32).view(1, 1, 2, 2)
-    connectivity = Connectivity(indices, grid=(1, 3), tile=2, prefix=1)  # tiles of 2 and of 1 patches
-    expected = [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0]]
-    assert connectivity.to_mask()[0, 0].int().tolist() == expected
-    assert connectivity.density() == pytest.approx((2 + 2 + 1) / (3 * 4))
-
-
-def test_bad_lists_are_named():
-    with pytest.raises(TypeError, match="indices must be int32"):
-        Connectivity(torch.zeros(1, 1, 4, 2), (2, 2))
-    with pytest.raises(ValueError, match=r"indices must be \[B, H, rows, k\]"):
-        Connectivity(torch.zeros(4, 2, dtype=torch.int32), (2, 2))
-    with pytest.raises(ValueError, match="2x2 grid with tile=2 has 1 rows"):
-        Connectivity(torch.zeros(1, 1, 4, 2, dtype=torch.int32), (2, 2), tile=2)
-    with pytest.raises(ValueError, match="tile must be at least 1"):
-        Connectivity(torch.zeros(1, 1, 4, 2, dtype=torch.int32), (2, 2), tile=0)
+def test_a_grid_has_no_runs():
+    with pytest.raises(TypeError, match=r"a grid is cut into squares, got Run\(length=3\); give their side"):
+        TokenLayout((5, 7)).squares(Run(3))
