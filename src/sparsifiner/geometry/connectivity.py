@@ -108,7 +108,7 @@ class Connectivity:
                 f"got indices with {self.indices.shape[2]}"
             )
         if check and self.indices.numel() and _can_read(self.indices):
-            largest = int(self.indices.max())
+            largest = int(self.indices.amax())  # faster than max
             if largest >= self.layout.tokens:
                 raise ValueError(
                     f"Connectivity: indices name token {largest}, but a {self.layout} behind {self.prefix} "
