@@ -225,7 +225,7 @@ class SparseAttention(StandIn):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _check_call(self, attn_mask: Tensor | None, is_causal: bool) -> None:
-        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        if torch._C._get_tracing_state() is not None:
             raise RuntimeError(
                 "torch.jit.trace: TorchScript is not supported by sparse models; use torch.export.export or "
                 "torch.compile, or call sparsifiner.desparsify(model) first"
