@@ -41,6 +41,9 @@ def forced_prefix(prefix: int, tile: int, summary: int | str | None) -> int:
     """
     return prefix if tile > 1 or summary is not None else 0
 
+_is_tls_included = torch._C._dispatch_tls_is_dispatch_key_included
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
 
 @dataclass(frozen=True)
 class Connectivity:
@@ -101,19 +104,20 @@ class Connectivity:
                 f"Connectivity: tile must be at least 1 and prefix at least 0, "
                 f"got tile={self.tile}, prefix={self.prefix}"
             )
-        rows = self.layout.squares(self.tile)
+        layout = self.layout
+        rows = layout.squares(self.tile)
         if self.indices.shape[2] != rows:
             raise ValueError(
-                f"Connectivity: a {self.layout} with tile={self.tile} has {rows} rows, "
+                f"Connectivity: a {layout} with tile={self.tile} has {rows} rows, "
                 f"got indices with {self.indices.shape[2]}"
             )
         if check and self.indices.numel() and _can_read(self.indices):
-            largest = int(self.indices.amax())  # faster than max
-            if largest >= self.layout.tokens:
+            largest, tokens = int(self.indices.amax()), layout.tokens  # amax is faster than max
+            if largest >= tokens:
                 raise ValueError(
-                    f"Connectivity: indices name token {largest}, but a {self.layout} behind {self.prefix} "
-                    f"prefix tokens has the tokens 0 to {self.layout.tokens - 1}; give these, -1 for empty "
-                    "slots, or check=False to take others for empty slots"
+                    f"Connectivity: indices name token {largest}, but a {layout} behind {self.prefix} "
+                    f"prefix tokens has the tokens 0 to {tokens - 1}; give these, -1 for empty slots, or "
+                    "check=False to take others for empty slots"
                 )
 
     @classmethod
@@ -200,11 +204,11 @@ class ScoredLists(Connectivity):
 
 def _can_read(entries: Tensor) -> bool:
     """Whether entries can be looked at: not while compiling, tracing, transforming or capturing."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or get_proxy_mode() is not None
-    ):
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    # whether there is any mode is known sooner than whether one of them traces
+    has_mode = torch._C._len_torch_dispatch_stack() or _is_tls_included(_PRE_DISPATCH)
+    if has_mode and get_proxy_mode() is not None:
         return False
     if type(entries) is not Tensor or entries.is_meta or torch._C._functorch.is_batchedtensor(entries):
         return False
