@@ -36,15 +36,15 @@ ARCHITECTURES = {
 @contextmanager
 def summaries_of_single_patches():
     """Lists and a summary of every single patch: exact sparse attention, which no layer would choose."""
-    list_spec = SparseAttention.list_spec
+    plan = SparseAttention.plan
 
-    def exact_spec(layer, layout, whole=None):
+    def exact_plan(layer, q, tokens):
         config, layer.config = layer.config, replace(layer.config, summary=10**6)  # a single window
-        spec = list_spec(layer, layout, whole)
+        spec = plan(layer, q, tokens)
         layer.config = config
         return spec and replace(spec, summary=1)
 
-    with patch.object(SparseAttention, "list_spec", exact_spec):
+    with patch.object(SparseAttention, "plan", exact_plan):
         yield
 
 

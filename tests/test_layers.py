@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 import sparsifiner
 from sparsifiner import DynamicViT, EViT, patch
 from sparsifiner.attention import SparseAttention
+from sparsifiner.blocks import TokenBlock
 from sparsifiner.patch import sparse_layers
-from sparsifiner.tokens.blocks import TokenBlock
 from sparsifiner.tokens.dynamicvit import PredictingReducer
 
 
@@ -62,7 +62,7 @@ def test_layers_count_as_they_are_when_sparsify_is_called(remove, options):
     remove(fresh)
     sparsifiner.sparsify(fresh, keep=0.3, tile=2, **options)
     assert shares(model) == shares(fresh)
-    assert [(layer.layer, layer.depth) for layer in sparse_layers(model)] == [(0, 2), (1, 2)]
+    assert [(layer.place.index, layer.place.depth) for layer in sparse_layers(model)] == [(0, 2), (1, 2)]
     assert torch.equal(model(images), fresh(images))
     dense = make_model()
     remove(dense)

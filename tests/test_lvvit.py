@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import sparsifiner
 from sparsifiner.config import make_config
-from sparsifiner.models.features import patch_tokens
+from sparsifiner.hosts import host_of
 from sparsifiner.models.loading import load_model
 from tests.models import SMALL, make_images, summaries_of_single_patches
 
@@ -247,7 +247,9 @@ class TestHeads:
         model = make_model()
         features = model.forward_features(make_images(96))
         assert torch.equal(model.forward_head(features, pre_logits=True), features[:, 0])
-        assert torch.equal(model.token_logits(features), model.aux_head(patch_tokens(model, features)))
+        assert torch.equal(
+            model.token_logits(features), model.aux_head(host_of(model).patch_tokens(features))
+        )
 
     def test_without_classes_the_class_token_comes_out(self):
         model = make_model(num_classes=0)

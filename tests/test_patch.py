@@ -17,6 +17,7 @@ from sparsifiner import EViT, SparsifyConfig, ToMe, patch
 from sparsifiner.attention import SparseAttention
 from sparsifiner.config import make_config
 from sparsifiner.patch import sparse_layers
+from sparsifiner.plan import Call, plan
 from tests.models import ARCHITECTURES, make_images, make_model, summaries_of_single_patches
 
 has_cxx = shutil.which("g++") or shutil.which("clang++")
@@ -173,7 +174,7 @@ def test_second_call_changes_only_the_configuration():
     assert scorer.temperature == 3**-0.5
     assert model.blocks[0].attn.scorer is scorer
     assert torch.equal(scorer.up, weight)
-    assert [layer.config.keep_of(layer.layer, 2) for layer in sparse_layers(model)] == [0.5, 0.1]
+    assert [layer.config.keep_of(layer.place.index, 2) for layer in sparse_layers(model)] == [0.5, 0.1]
     sparsifiner.sparsify(model, keep=0.2)  # an option alone leaves everything else as it is
     assert model.blocks[0].attn.scorer is scorer
     config = model.blocks[0].attn.config
@@ -232,7 +233,7 @@ def test_autocast_changes_the_projections_but_not_the_precision_of_scores(name, 
     with torch.no_grad():
         with torch.autocast("cpu", torch.bfloat16):
             q, k, v = layer.project(tokens)
-            spec = layer.list_spec(layer.current_layout(tokens.shape[1]))
+            spec = plan(Call(layer.current_layout(tokens.shape[1])), layer.config, layer.place)
             scores, lists = layer.scorer.scores(q, k, v, spec), layer.scorer(q, k, v, spec)
             assert layer(tokens).shape == tokens.shape
         assert q.dtype == torch.bfloat16

@@ -15,6 +15,7 @@ from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.curve import CurveLayout
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import select_topk
+from sparsifiner.plan import Call, plan
 from sparsifiner.scorers import ListSpec, LowRankScorer, make_scorer
 from tests.models import make_images, make_model
 from tests.ops.cases import make_qkv
@@ -207,7 +208,7 @@ class TestReleased:
     @torch.no_grad()
     def test_scores_mask_and_output(self, layer, released):
         q, k, v = layer.project(released["input"])
-        spec = layer.list_spec(layer.current_layout(197))
+        spec = plan(Call(layer.current_layout(197)), layer.config, layer.place)
         assert spec.budget == 50
         scores = layer.scorer.scores(q, k, v, spec)
         # the scores reach .011, so this is two units in the last place: another CPU's matrix products

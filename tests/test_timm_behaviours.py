@@ -58,7 +58,7 @@ def test_intermediates_end_with_what_the_model_gives(name):
     assert all(len(each) == 2 for each in model.get_intermediate_layers(images, 2))
     model.prune_intermediate_layers([0], prune_head=False)
     sparsifiner.sparsify(model, keep=0.2)
-    assert [(layer.layer, layer.depth) for layer in sparse_layers(model)] == [(0, 1)]
+    assert [(layer.place.index, layer.place.depth) for layer in sparse_layers(model)] == [(0, 1)]
     assert model.forward_intermediates(images, intermediates_only=True)[0].shape[0] == 2
 
 
@@ -125,6 +125,6 @@ def test_features_only_models_are_made_sparse_in_their_place():
     arguments = {"features_only": True, "depth": 3, "embed_dim": 48, "num_heads": 3, "out_indices": [0, 1]}
     features, images = timm.create_model("deit_tiny_patch16_224", **arguments).eval(), make_images(224)
     sparsifiner.sparsify(features.model, keep=0.3)
-    assert [layer.depth for layer in sparse_layers(features)] == [2, 2]  # timm leaves out the third
+    assert [layer.place.depth for layer in sparse_layers(features)] == [2, 2]  # timm leaves out the third
     expected = features.model.forward_intermediates(images, [0, 1], intermediates_only=True)
     assert all(torch.equal(a, b) for a, b in zip(features(images), expected, strict=True))

@@ -12,19 +12,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import Attention
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsifiner.attention import SparseAttention
+from sparsifiner.blocks import TokenBlocks
 from sparsifiner.geometry.curve import CurveLayout
 from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.hosts import Host, host_of, reasons_against
 from sparsifiner.models.linformer import LinformerAttention
-from sparsifiner.patch import reasons_against
+from sparsifiner.plan import Call, plan
 from sparsifiner.tokens import Counts, TokenMethod
-from sparsifiner.tokens.blocks import TokenBlocks
 
 # The published tables' predictor MACs of the whole model, by (layers, heads, width), at 197 tokens.
 # Source: fitted to tables 1 to 3 of the paper; the released defaults count to 87.1 M for DeiT-S.
@@ -97,7 +96,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
     """Counts the MACs of one image through a dense or sparse Vision Transformer.
 
     Args:
-        model: a timm `VisionTransformer`, sparse or dense.
+        model: a model of a family in `sparsifiner.hosts`, sparse or dense.
         input_size: channels, height and width of the image in pixels.
 
     Returns:
@@ -106,26 +105,26 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
     Raises:
         ValueError: the model is not supported or does not take this input size.
     """
-    reasons = reasons_against(model, (Attention, LinformerAttention))
+    reasons = reasons_against(model, (LinformerAttention,))
     if reasons:
         raise ValueError("model cannot be counted: " + "; ".join(reasons))
-    assert isinstance(model, VisionTransformer)
-    layout = TokenLayout(_grid_for(model, input_size), model.num_prefix_tokens)
-    attentions = [block.attn for block in model.blocks]
-    method = model.blocks.method if isinstance(model.blocks, TokenBlocks) else None
+    host = host_of(model)
+    layout = host.layout_for(input_size[1:])
+    attentions = host.attentions
+    method = host.blocks.method if isinstance(host.blocks, TokenBlocks) else None
     everything = Counts(layout.tokens, layout.tokens)
     counts = [everything] * len(attentions)
     if method is not None:
         # of the depth at which it was made sparse, also if layers at the end were pruned since
-        counts = method.counts(attentions[0].depth, layout.patches, layout.prefix)[: len(attentions)]
-    layers = tuple(
-        _count_layer(block, layout, count) for block, count in zip(model.blocks, counts, strict=True)
-    )
-    blocks = [_count_linears(block, count) for block, count in zip(model.blocks, counts, strict=True)]
-    dense_blocks = sum(_count_linears(block, everything) for block in model.blocks)
+        depth = attentions[0].place.depth
+        counts = method.counts(depth, layout.patches, layout.prefix)[: len(attentions)]
+    counted = list(zip(host.blocks, counts, strict=True))
+    layers = tuple(_count_layer(host, block, layout, count) for block, count in counted)
+    blocks = sum(_count_linears(host, block, count) for block, count in counted)
+    dense_blocks = sum(_count_linears(host, block, everything) for block in host.blocks)
     left = counts[-1].mlp
-    other = _count_stem_and_head(model, input_size, left) + sum(blocks)
-    dense_other = _count_stem_and_head(model, input_size, layout.tokens) + dense_blocks
+    other = _count_stem_and_head(host, input_size, left) + blocks
+    dense_other = _count_stem_and_head(host, input_size, layout.tokens) + dense_blocks
     return MacReport(layout.tokens, layers, dense_other, other, _paper_mhsa_of(attentions, counts, method))
 
 
@@ -204,66 +203,54 @@ def _paper_mhsa_of(
     return paper_mhsa(len(attentions), *shape, keep=keep)
 
 
-def _count_layer(block: Any, layout: TokenLayout, count: Counts) -> LayerMacs:
-    attention, N, n = block.attn, layout.tokens, count.attention
-    per_pair = 2 * attention.num_heads * attention.head_dim
+def _count_layer(host: Host, block: Any, layout: TokenLayout, count: Counts) -> LayerMacs:
+    attention, N, n = host.attention_of(block), layout.tokens, count.attention
+    num_heads, head_dim = host.heads_of(attention)
+    per_pair = 2 * num_heads * head_dim
     dense = per_pair * N * N
     patches = n - layout.prefix - count.fused
     whole = patches == layout.patches
     now = layout if whole else CurveLayout(patches, layout.prefix + count.fused)
     choice = 0
     if count.gone and getattr(block, "reducer", None) is not None:
-        choice = block.reducer.macs(count, layout.prefix, attention.attn_dim, attention.head_dim)
+        choice = block.reducer.macs(count, layout.prefix, num_heads * head_dim, head_dim)
     if isinstance(attention, LinformerAttention):
         attending, mixing, keys = attention.macs(layout)
         return LayerMacs(dense, attending, mixing, keys / N, N)
     spec = None
     if isinstance(attention, SparseAttention):
-        spec = attention.list_spec(now, None if whole else layout)
+        spec = plan(Call(now, None if whole else layout), attention.config, attention.place)
     if spec is None:
         return LayerMacs(dense, per_pair * n * n, 0, now.patches * n / (layout.patches * N), n, choice)
     windows = 0 if spec.summary is None else now.squares(spec.summary)
     keys = spec.budget + windows
     pairs = now.patches * keys + now.prefix * n
-    scorer = attention.scorer.macs(spec, attention.num_heads, attention.head_dim)
+    scorer = attention.scorer.macs(spec, num_heads, head_dim)
     visits = now.patches * keys / (layout.patches * N)
     return LayerMacs(dense, per_pair * pairs, scorer, visits, n, choice)
 
 
-def _count_linears(block: nn.Module, count: Counts) -> int:
+def _count_linears(host: Host, block: nn.Module, count: Counts) -> int:
     """Linear layers of a block that every token meets once."""
-    macs = 0
+    macs, in_attention = 0, f"{host.ATTENTION}."
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear) and ".scorer." not in name and not name.startswith("reducer."):
-            macs += module.weight.numel() * (count.attention if name.startswith("attn.") else count.mlp)
+            tokens = count.attention if name.startswith(in_attention) else count.mlp
+            macs += module.weight.numel() * tokens
     return macs
 
 
-def _count_stem_and_head(model: VisionTransformer, input_size: tuple[int, int, int], tokens: int) -> int:
+def _count_stem_and_head(host: Host, input_size: tuple[int, int, int], tokens: int) -> int:
     """Stem and head differ from model to model, so torch counts them, on a copy without data."""
+    model = host.model
     shapes = {
         id(tensor): torch.empty_like(tensor, device="meta")
         for tensor in (*model.parameters(), *model.buffers())
     }
-    shape_model = copy.deepcopy(model, shapes).eval().requires_grad_(False)
+    shape_host = host_of(copy.deepcopy(model, shapes).eval().requires_grad_(False))
     dtype = next(model.parameters()).dtype
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        shape_model.patch_embed(torch.empty(1, *input_size, dtype=dtype, device="meta"))
-        shape_model.forward_head(torch.empty(1, tokens, model.embed_dim, dtype=dtype, device="meta"))
+        shape_host.embed(torch.empty(1, *input_size, dtype=dtype, device="meta"))
+        shape_host.logits(torch.empty(1, tokens, host.width, dtype=dtype, device="meta"))
     flops: int = counter.get_total_flops()
     return flops // 2
-
-
-def _grid_for(model: VisionTransformer, input_size: tuple[int, int, int]) -> tuple[int, int]:
-    height, width = input_size[1:]
-    if model.dynamic_img_size:
-        rows, columns = model.patch_embed.dynamic_feat_size((height, width))
-        return int(rows), int(columns)
-    expected = tuple(model.patch_embed.img_size)
-    if (height, width) != expected:
-        raise ValueError(
-            f"input_size={input_size} does not fit the model, which takes {expected[0]}x{expected[1]} "
-            "images; call model.set_input_size((height, width)) first, or create it with img_size="
-        )
-    rows, columns = model.patch_embed.grid_size
-    return int(rows), int(columns)

@@ -1,23 +1,22 @@
-"""Makes a timm model sparse in place, and dense again."""
+"""Makes a model sparse in place, and dense again."""
 
 import logging
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
-from timm.layers import Attention
-from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from sparsifiner.attention import SHARED_MODULES, CurrentGrid, SparseAttention
+from sparsifiner.attention import SparseAttention
+from sparsifiner.blocks import TokenBlock, TokenBlocks
 from sparsifiner.config import SparsifyConfig, change_config, make_config
-from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.hosts import CurrentGrid, Host, host_of, reasons_against
+from sparsifiner.plan import LayerPlace
 from sparsifiner.scorers import BorrowingScorer, LowRankScorer, Scorer, SharedLists, make_scorer
 from sparsifiner.standin import StandIn
-from sparsifiner.tokens.blocks import SHARED_BLOCK_MODULES, TokenBlock, TokenBlocks
 
 _logger = logging.getLogger(__name__)
 
@@ -30,14 +29,14 @@ _SHAPING_FIELDS = ("scorer", "basis", "reduced_dim")
 def sparsify(
     model: Model, config: SparsifyConfig | None = None, *, preset: str | None = None, **options: Any
 ) -> Model:
-    """Makes the attention of a timm `VisionTransformer` sparse, in place, keeping its weights.
+    """Makes the attention of a Vision Transformer sparse, in place, keeping its weights.
 
     On a sparse model it changes only the configuration: options alone change the one that it has, and
     scorers of the same kind keep their weights in every layer that scores before and after. Layers count as
     they are in the model now, whatever was removed or moved since the last call.
 
     Args:
-        model: a plain timm Vision Transformer; `why_not(model)` says whether it will do.
+        model: a model of a family in `sparsifiner.hosts`; `why_not(model)` says whether it will do.
         config: the whole configuration, or
         preset: "fast" (the default for a dense model: training-free, made for wall-clock time) or
             "paper" (the learned low-rank scorer, one key list per query), with
@@ -58,10 +57,11 @@ def sparsify(
     for warning in plan.warnings:  # which may be errors: the model is as it was
         warnings.warn(warning, stacklevel=2)
     plan.carry_out()
-    if plan.native.tokens < plan.config.min_tokens:
+    tokens = plan.host.native.tokens
+    if tokens < plan.config.min_tokens:
         _logger.info(
             "sparsifiner: layers stay dense at the native %d tokens (min_tokens=%d)",
-            plan.native.tokens,
+            tokens,
             plan.config.min_tokens,
         )
     return model
@@ -73,12 +73,14 @@ class LayerPlan:
 
     Attributes:
         layer: the layer, new or the one that is there.
-        scorer: its scorer, likewise.
+        place: which layer it is.
+        scorer: its scorer, new or the one that is there.
         lists: where it puts lists for the layers behind, None where there are none.
         borrowed: where it takes its lists from, see `BorrowingScorer.borrow`; None where it scores.
     """
 
     layer: SparseAttention
+    place: LayerPlace
     scorer: Scorer
     lists: SharedLists | None
     borrowed: tuple[SharedLists, int, bool] | None
@@ -89,18 +91,16 @@ class SparsityPlan:
     """All that `sparsify` is about to do; until `carry_out` the model is as it was.
 
     Attributes:
-        model: the model.
+        host: of the model.
         config: what its layers will do.
-        native: its tokens.
         grid: where its layers will look for the grid.
         layers: one for each block.
         blocks: those that drop tokens, new or those that are there; None for the model's own.
         warnings: what the user should know.
     """
 
-    model: VisionTransformer
+    host: Host
     config: SparsifyConfig
-    native: TokenLayout
     grid: CurrentGrid
     layers: list[LayerPlan]
     blocks: TokenBlocks | None
@@ -108,18 +108,19 @@ class SparsityPlan:
 
     def carry_out(self) -> None:
         """Changes the model; there is nothing left that could fail."""
-        model, depth = self.model, len(self.layers)
+        host = self.host
         if self.blocks is None:
-            _put_back(model, TokenBlocks)
-            _put_back(model, TokenBlock)
+            _put_back(host.model, TokenBlocks)
+            _put_back(host.model, TokenBlock)
         else:
-            model.blocks = self.blocks
-        for index, (block, plan) in enumerate(zip(model.blocks, self.layers, strict=True)):
-            block.attn, plan.layer.scorer, plan.layer.lists = plan.layer, plan.scorer, plan.lists
+            host.put_blocks(self.blocks)
+        for block, plan in zip(host.blocks, self.layers, strict=True):
+            host.put_attention(block, plan.layer)
+            plan.layer.scorer, plan.layer.lists = plan.scorer, plan.lists
             if plan.borrowed is not None:
                 cast("BorrowingScorer", plan.scorer).borrow(*plan.borrowed)
             plan.layer.grid = self.grid
-            plan.layer.configure(self.config, index, depth)
+            plan.layer.configure(self.config, plan.place)
         self.grid.attach()
 
 
@@ -138,41 +139,39 @@ def plan_sparsity(model: nn.Module, config: SparsifyConfig) -> SparsityPlan:
         raise ValueError(
             "model cannot be made sparse: " + "; ".join(reasons) + ". Use a plain timm VisionTransformer"
         )
-    assert isinstance(model, VisionTransformer)
-    if isinstance(config.keep, tuple) and len(config.keep) != len(model.blocks):
+    host = host_of(model)
+    if isinstance(config.keep, tuple) and len(config.keep) != len(host.blocks):
         raise ValueError(
-            f"keep has {len(config.keep)} entries, but the model has {len(model.blocks)} layers; "
+            f"keep has {len(config.keep)} entries, but the model has {len(host.blocks)} layers; "
             "give one number, or one per layer"
         )
-    _check_tokens(model, config)
+    _check_tokens(host, config)
     grids = (layer.grid for layer in sparse_layers(model, required=False) if layer.grid.model is model)
-    grid = next(grids, None) or CurrentGrid(model)
-    native = TokenLayout(grid.native(), model.num_prefix_tokens)
-    layers = _plan_layers(model, config, grid, native)
+    grid = next((each for each in grids if isinstance(each, CurrentGrid)), None) or CurrentGrid(host)
+    layers = _plan_layers(host, config, grid)
     untrained: list[str] = []
-    for block, plan in zip(model.blocks, layers, strict=True):
-        new = getattr(block.attn, "scorer", None) is not plan.scorer
+    for attention, plan in zip(host.attentions, layers, strict=True):
+        new = getattr(attention, "scorer", None) is not plan.scorer
         if new and isinstance(plan.scorer, LowRankScorer) and not untrained:
             untrained.append(
                 "the low-rank scorer is untrained and chooses keys by chance: load trained weights, "
                 "or train it"
             )
-    blocks, predicts_by_chance = _plan_blocks(model, config, native, layers)
+    blocks, predicts_by_chance = _plan_blocks(host, config, layers)
     if predicts_by_chance:
         untrained.append(
             "the token predictor is untrained and drops tokens by chance: load trained weights, or train it"
         )
-    return SparsityPlan(model, config, native, grid, layers, blocks, untrained)
+    return SparsityPlan(host, config, grid, layers, blocks, untrained)
 
 
-def _plan_layers(
-    model: VisionTransformer, config: SparsifyConfig, grid: CurrentGrid, native: TokenLayout
-) -> list[LayerPlan]:
+def _plan_layers(host: Host, config: SparsifyConfig, grid: CurrentGrid) -> list[LayerPlan]:
     """The sparse layer of each block, its scorer, and where lists go and come from."""
     plans: list[LayerPlan] = []
-    depth = len(model.blocks)
+    native, depth = host.native, len(host.blocks)
     lists: SharedLists | None = None
-    for index, layer in enumerate(block.attn for block in model.blocks):
+    for index, attention in enumerate(host.attentions):
+        layer_place = LayerPlace(index, depth, native, attention.scale)
         place = index % config.share
         if not place:
             lists = SharedLists() if index + 1 < depth and config.share > 1 else None
@@ -181,18 +180,20 @@ def _plan_layers(
             assert lists is not None
             borrowed = (lists, place, index + 1 == depth or place + 1 == config.share)
         scorer: Scorer
-        if isinstance(layer, SparseAttention) and _keeps_scorer(layer, config, borrowed is None):
-            scorer = layer.scorer
+        if isinstance(attention, SparseAttention) and _keeps_scorer(attention, config, borrowed is None):
+            scorer = attention.scorer
         else:
             if borrowed is None:
-                scorer = make_scorer(config, index, native, layer.num_heads, layer.head_dim)
+                scorer = make_scorer(config, index, native, *host.heads_of(attention))
             else:
                 scorer = BorrowingScorer(*borrowed)
-            like = _place_of(layer)
-            scorer = scorer.to(device=like.device, dtype=like.dtype).train(layer.training)
-        if not isinstance(layer, SparseAttention):
-            layer = SparseAttention(layer, scorer, grid, model.num_prefix_tokens, index, depth, config)
-        plans.append(LayerPlan(layer, scorer, lists if borrowed is None else None, borrowed))
+            like = _place_of(attention)
+            scorer = scorer.to(device=like.device, dtype=like.dtype).train(attention.training)
+        if isinstance(attention, SparseAttention):
+            layer = attention
+        else:
+            layer = host.SPARSE_ATTENTION(attention, scorer, grid, layer_place, config)
+        plans.append(LayerPlan(layer, layer_place, scorer, lists if borrowed is None else None, borrowed))
     return plans
 
 
@@ -241,62 +242,7 @@ def why_not(model: nn.Module) -> list[str]:
     Args:
         model: any module.
     """
-    return reasons_against(model, (Attention,))
-
-
-def reasons_against(model: nn.Module, attentions: Collection[type[nn.Module]]) -> list[str]:
-    """Reasons why a model is none of blocks that are known here; empty if it is.
-
-    Args:
-        model: any module.
-        attentions: types of attention that will do, besides `SparseAttention`.
-    """
-    if not isinstance(model, VisionTransformer):
-        inside = (name for name, each in model.named_modules() if isinstance(each, VisionTransformer))
-        found = next(inside, None)
-        hint = "" if found is None else f", but its {found} is one, which can be made sparse in its place"
-        return [f"{type(model).__name__} is not a timm VisionTransformer{hint}"]
-    reasons = []
-    if getattr(model.patch_embed, "grid_size", None) is None:
-        reasons.append(f"{type(model.patch_embed).__name__} has no patch grid (grid_size)")
-    if not len(model.blocks):
-        reasons.append("it has no blocks")
-    against: dict[str, list[int]] = {}
-    for index, block in enumerate(model.blocks):
-        reason = _reason_against_block(block, attentions)
-        if reason:
-            against.setdefault(reason, []).append(index)
-    for reason, indices in against.items():
-        more = f" (and {len(indices) - 1} more)" if len(indices) > 1 else ""
-        reasons.append(f"block {indices[0]} {reason}{more}")
-    return reasons
-
-
-def _reason_against_block(block: nn.Module, attentions: Collection[type[nn.Module]]) -> str:
-    """Why a block will not do, as the end of a sentence; empty if it will."""
-    attn = getattr(block, "attn", None)
-    if type(block) not in {Block, ResPostBlock, TokenBlock}:
-        return f"is a {type(block).__name__}, which is not supported"
-    if isinstance(attn, SparseAttention):
-        return ""
-    if type(attn) not in attentions:
-        return f"has a {type(attn).__name__} where an Attention is needed"
-    if isinstance(attn, StandIn):
-        return ""
-    assert isinstance(attn, nn.Module)
-    own = _own_parts(attn, SHARED_MODULES)
-    return own and f"has an attention with {own}, which would be lost"
-
-
-def _own_parts(module: nn.Module, known: Collection[str]) -> str:
-    """What was put into a module of timm's, which another in its place would not have; empty for nothing."""
-    if "forward" in vars(module):
-        return "a forward of its own"
-    names = [name for name, _ in module.named_children() if name not in known]
-    if names:
-        return f"modules of its own: {', '.join(names)}"
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return f"tensors of its own: {', '.join(name for name, _ in own)}" if own else ""
+    return reasons_against(model)
 
 
 def sparse_layers(model: nn.Module, *, required: bool = True) -> list[SparseAttention]:
@@ -315,41 +261,29 @@ def sparse_layers(model: nn.Module, *, required: bool = True) -> list[SparseAtte
     return layers
 
 
-def _check_tokens(model: VisionTransformer, config: SparsifyConfig) -> None:
+def _check_tokens(host: Host, config: SparsifyConfig) -> None:
     if config.tokens is None:
         return
-    reason = config.tokens.why_not(bool(model.has_class_token))
+    reason = config.tokens.why_not(host.has_class_token) or host.why_no_tokens()
     if reason:
         raise ValueError(f"tokens: {reason}")
-    hooked = [
-        index
-        for index, block in enumerate(model.blocks)
-        if not isinstance(block, TokenBlock) and (block._forward_hooks or block._forward_pre_hooks)
-    ]
-    if hooked:
-        raise ValueError(
-            f"tokens: blocks {hooked} have forward hooks, which blocks that drop tokens would not call; "
-            "remove them, and hook their attn or mlp"
-        )
-    for index, block in enumerate(model.blocks):
-        own = "" if isinstance(block, TokenBlock) else _own_parts(block, SHARED_BLOCK_MODULES)
-        if own:
-            raise ValueError(f"tokens: block {index} has {own}, which blocks that drop tokens would not have")
-    config.tokens.counts(len(model.blocks), 1, model.num_prefix_tokens)  # names blocks that are not there
+    config.tokens.counts(len(host.blocks), 1, host.prefix)  # names blocks that are not there
 
 
 def _plan_blocks(
-    model: VisionTransformer, config: SparsifyConfig, native: TokenLayout, layers: list[LayerPlan]
+    host: Host, config: SparsifyConfig, layers: list[LayerPlan]
 ) -> tuple[TokenBlocks | None, bool]:
     """Blocks that drop tokens as configured, None for none; and whether any of them has new weights."""
-    present, method = model.blocks, config.tokens
+    present: Any = host.blocks
+    method = config.tokens
     if method is None:
         return None, False
     if isinstance(present, TokenBlocks) and present.method == method and present.is_as_planned:
         return present, False
+    assert host.TOKEN_BLOCK is not None
     blocks, untrained = [], False
     for index, (block, plan) in enumerate(zip(present, layers, strict=True)):
-        reducer = method.reducer(index, len(layers), model.embed_dim, native.patches)
+        reducer = method.reducer(index, len(layers), host.width, host.native.patches)
         if reducer is not None:
             like = _place_of(plan.layer)
             reducer = reducer.to(device=like.device, dtype=like.dtype).train(block.training)
@@ -359,8 +293,7 @@ def _plan_blocks(
                 reducer.load_state_dict(before)
             else:
                 untrained = True
-        assert isinstance(block, Block | ResPostBlock | TokenBlock)
-        blocks.append(TokenBlock(block, plan.layer, reducer))
+        blocks.append(host.TOKEN_BLOCK(block, plan.layer, reducer))
     return TokenBlocks(present, blocks, method), untrained
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from timm.layers import Attention
 from torch import Tensor, nn
 
-from sparsifiner.attention import SparseAttention, dense_connectivity, split_heads
+from sparsifiner.attention import SparseAttention, dense_connectivity
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.layout import Side
+from sparsifiner.hosts import host_of
 from sparsifiner.patch import sparse_layers
 
 
@@ -71,15 +71,20 @@ def trace_projections(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]
     They are those of the last forward, detached; compiled models run eagerly in it.
 
     Args:
-        model: a timm Vision Transformer.
+        model: a model of a family in `sparsifiner.hosts`.
 
     Yields:
         A list that every forward fills anew with q and k, each [B, H, N, d], layer by layer.
     """
-    layers = [module for module in model.modules() if isinstance(module, Attention | SparseAttention)]
+    host = host_of(model)
     projections: list[tuple[Tensor, Tensor]] = []
-    handles = [layer.qkv.register_forward_hook(_record_projections(projections, layer)) for layer in layers]
-    handles.insert(0, layers[0].qkv.register_forward_pre_hook(lambda module, args: projections.clear()))
+
+    def record(q: Tensor, k: Tensor) -> None:
+        projections.append((q, k))
+
+    handles = [host.watch_projections(attention, record) for attention in host.attentions]
+    first = host.attentions[0]
+    handles.append(first.register_forward_pre_hook(lambda module, args: projections.clear()))
     try:
         with torch.compiler.set_stance("force_eager"):
             yield projections
@@ -88,18 +93,9 @@ def trace_projections(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]
             handle.remove()
 
 
-def _record_projections(projections: list[tuple[Tensor, Tensor]], layer: Attention | SparseAttention) -> Any:
-    def hook(module: nn.Module, args: Any, qkv: Tensor) -> None:
-        with torch.no_grad():
-            q, k, _ = split_heads(layer, qkv)
-        projections.append((q, k))
-
-    return hook
-
-
 def _forget(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
     def hook(module: nn.Module, args: Any) -> None:
-        traces.pop(layer.layer, None)
+        traces.pop(layer.place.index, None)
 
     return hook
 
@@ -108,7 +104,7 @@ def _record_lists(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
     def hook(module: nn.Module, args: Any, connectivity: Connectivity) -> None:
         # kernels that read the lists as they are must not get them back: whoever has them may change them
         of_caller = replace(connectivity.alone(), check=False, selected=False)
-        traces[layer.layer] = LayerTrace(of_caller, args[3].summary, dense=False)
+        traces[layer.place.index] = LayerTrace(of_caller, args[3].summary, dense=False)
 
     return hook
 
@@ -116,11 +112,11 @@ def _record_lists(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
 def _record_rest(traces: dict[int, LayerTrace], layer: SparseAttention) -> Any:
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         state = kwargs.get("state")
-        if layer.layer not in traces:
+        if layer.place.index not in traces:
             layout = layer.current_layout(args[0].shape[1]) if state is None else state.layout
             lists = dense_connectivity(len(args[0]), layer.num_heads, layout, layer.config.tile, args[0])
-            traces[layer.layer] = LayerTrace(lists, None, dense=True)
+            traces[layer.place.index] = LayerTrace(lists, None, dense=True)
         if state is not None:
-            traces[layer.layer] = replace(traces[layer.layer], positions=state.positions)
+            traces[layer.place.index] = replace(traces[layer.place.index], positions=state.positions)
 
     return hook

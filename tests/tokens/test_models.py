@@ -15,6 +15,7 @@ from torch import nn
 
 import sparsifiner
 from sparsifiner import DynamicViT, EViT, SparsifyConfig, ToMe
+from sparsifiner.blocks import TokenBlocks
 from sparsifiner.calibration.budgets import calibrate
 from sparsifiner.geometry.curve import CurveLayout
 from sparsifiner.geometry.grid import TokenLayout
@@ -23,8 +24,8 @@ from sparsifiner.models.adapter import config_to_dict, is_predictor, is_scorer
 from sparsifiner.models.features import token_states
 from sparsifiner.models.loading import load_model
 from sparsifiner.patch import sparse_layers
+from sparsifiner.plan import Call, plan
 from sparsifiner.tokens import describe_tokens, read_tokens
-from sparsifiner.tokens.blocks import TokenBlocks
 from tests.models import SMALL, make_images, make_model, summaries_of_single_patches
 
 pytestmark = pytest.mark.filterwarnings("ignore:the (low-rank scorer|token predictor) is untrained")
@@ -306,23 +307,27 @@ def test_descriptions_that_fit_no_method_are_refused():
         read_tokens({"method": "evit", "keep": 2.0})
 
 
+def planned(layout, layer):
+    return plan(Call(layout), layer.config, layer.place)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("method", METHODS.values())
 def test_budgets_are_those_of_the_image_size_whenever_the_model_was_made_sparse(method):
     options = {"keep": 0.2, "tokens": method, "backend": "torch"}
     model, images = make_model("deit", depth=4, img_size=224), make_images(96)
     before = sparsifiner.sparsify(copy.deepcopy(model), **options)
-    native = [layer.list_spec(TokenLayout((14, 14), 1)).budget for layer in sparse_layers(before)]
+    native = [planned(TokenLayout((14, 14), 1), layer).budget for layer in sparse_layers(before)]
     for each in (before, model):
         each.set_input_size((96, 96))
     after = sparsifiner.sparsify(model, **options)
     if not isinstance(method, DynamicViT):  # whose predictors are made by chance
         assert torch.equal(before(images), after(images))
     layout = TokenLayout((6, 6), 1)
-    budgets = [[layer.list_spec(layout).budget for layer in sparse_layers(each)] for each in (before, after)]
+    budgets = [[planned(layout, layer).budget for layer in sparse_layers(each)] for each in (before, after)]
     assert budgets[0] == budgets[1]
     before.set_input_size((224, 224))
-    assert [layer.list_spec(TokenLayout((14, 14), 1)).budget for layer in sparse_layers(before)] == native
+    assert [planned(TokenLayout((14, 14), 1), layer).budget for layer in sparse_layers(before)] == native
 
 
 @torch.no_grad()

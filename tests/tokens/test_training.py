@@ -8,9 +8,10 @@ from torch.optim import AdamW
 
 import sparsifiner
 from sparsifiner import DynamicViT, EViT, ToMe
+from sparsifiner.hosts import host_of
 from sparsifiner.measure.accuracy import evaluate
 from sparsifiner.models.adapter import is_predictor, is_scorer
-from sparsifiner.models.features import patch_tokens, token_states
+from sparsifiner.models.features import token_states
 from sparsifiner.tokens.dynamicvit import ratio_loss
 from sparsifiner.training import LossWeights
 from sparsifiner.training.losses import classification_loss, distillation_loss
@@ -294,7 +295,10 @@ def test_tokens_are_compared_with_those_of_the_twin(batches, name):
     with torch.no_grad(), token_states(model) as states:
         for images, _ in batches:
             features, twin = model.forward_features(images), dense.forward_features(images)
-            tokens, wanted = patch_tokens(model, features, states[-1]), patch_tokens(dense, twin)
+            tokens, wanted = (
+                host_of(model).patch_tokens(features, states[-1]),
+                host_of(dense).patch_tokens(twin),
+            )
             for image, positions in enumerate(states[-1].positions.tolist()):
                 for place, patch in enumerate(positions):
                     cosines.append(torch.cosine_similarity(tokens[image, place], wanted[image, patch], dim=0))

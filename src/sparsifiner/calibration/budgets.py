@@ -8,24 +8,23 @@ from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsifiner.attention import SparseAttention
 from sparsifiner.calibration.scorer_fit import fit_scorers
 from sparsifiner.config import SparsifyConfig, change_config
-from sparsifiner.geometry.connectivity import exact_ratio
 from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.hosts import Host, host_of
 from sparsifiner.models.adapter import scorer_weights
-from sparsifiner.models.features import patch_tokens
 from sparsifiner.patch import sparse_layers, sparsify
+from sparsifiner.plan import Call, plan
 
 # List lengths at which a layer is measured, as multiples of the mean length that is asked for.
 _MULTIPLES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 # Lengths among which each layer's is chosen; between measured ones errors are interpolated.
 _LENGTHS_PER_LAYER = 256
-_EVERY_KEY = (1, 1)
+_EVERY_KEY = 1.0
 
 Match = Literal["logits", "tokens"]
 
@@ -92,17 +91,14 @@ def calibrate(
         What was measured and chosen.
 
     Raises:
-        TypeError: the model is no timm Vision Transformer.
-        ValueError: the model is not sparse, is in training, shares lists, has no classes to match, stays
-            dense at this size; `match` is unknown; there is no image, or they differ in size.
+        ValueError: the model is of no family that is known here, is not sparse, is in training, shares
+            lists, has no classes to match, stays dense at this size; `match` is unknown; there is no image,
+            or they differ in size.
     """
     layers = sparse_layers(model)
-    if not isinstance(model, VisionTransformer):
-        raise TypeError(
-            f"model must be a timm VisionTransformer, got {type(model).__name__}; give what it wraps"
-        )
+    host = host_of(model)
     config = layers[0].config
-    _check(model, config, match, fit_steps)
+    _check(host, config, match, fit_steps)
     batches = [batch.to(device) for batch in images]
     count = sum(map(len, batches))
     if not count:
@@ -110,24 +106,24 @@ def calibrate(
     sizes = {tuple(batch.shape[-2:]) for batch in batches}
     if len(sizes) > 1:
         raise ValueError(f"images have the sizes {sorted(sizes)}; give one size at a time")
-    model.patch_embed(batches[0][:1])  # models of any image size note the grid here
-    layout = TokenLayout(layers[0].grid.current(), layers[0].prefix)
-    keeps = [layer.keep for layer in layers]
+    height, width = batches[0].shape[-2:]
+    layout = host.layout_for((height, width))
+    keeps = [min(1.0, config.keep_of(layer.place.index, layer.place.depth)) for layer in layers]
     unfitted = {name: tensor.clone() for name, tensor in scorer_weights(model).items()}
-    before = [_budget(layer, layout) for layer in layers]
+    before = _budgets(layers, layout, config)
     # every list holds its forced keys and one more
-    least = min(_budget(layer, layout, (1, 10**6)) for layer in layers)
+    least = min(_budgets(layers, layout, change_config(config, keep=1e-6)))
     if least == layout.tokens:
         raise ValueError(
             f"all layers stay dense at {layout.tokens} tokens; lower min_tokens={config.min_tokens}"
         )
     with _restored(layers):
-        error_before = _mean_error(model, layers, batches, keeps, match)
+        error_before = _mean_error(host, layers, batches, keeps, match)
     error_fitted = error_before
     with _given_back_on_failure(model, unfitted):
         if fit_scorers(model, batches, fit_steps, progress=progress):
             with _restored(layers):
-                error_fitted = _mean_error(model, layers, batches, keeps, match)
+                error_fitted = _mean_error(host, layers, batches, keeps, match)
             if error_fitted > error_before:
                 model.load_state_dict(unfitted, strict=False)
                 error_fitted = error_before
@@ -137,16 +133,13 @@ def calibrate(
         bar = tqdm(batches, desc="calibrating", unit="batch", disable=None if progress else True, leave=False)
         with _restored(layers):
             for batch in bar:
-                errors = list(_layer_errors(model, layers, batch, lengths, layout, match))
+                errors = list(_layer_errors(host, layers, batch, lengths, layout, match))
                 rows += torch.tensor(errors, dtype=torch.float64) * len(batch) / count
             chosen = choose_budgets(rows.tolist(), lengths, total, least, layout.tokens)
-            keeps = [exact_ratio(budget / layout.tokens) for budget in chosen]
-            error = _mean_error(model, layers, batches, keeps, match)
-    if error < error_fitted:
-        keep = [budget / layout.tokens for budget in chosen]
-    else:
-        chosen, error = before, error_fitted
-        keep = [min(1.0, config.keep_of(layer.layer, layer.depth)) for layer in layers]
+            keep = [budget / layout.tokens for budget in chosen]
+            error = _mean_error(host, layers, batches, keep, match)
+    if error >= error_fitted:
+        chosen, error, keep = before, error_fitted, keeps
     sparsify(model, change_config(config, keep=keep))
     return Calibration(
         keep=tuple(keep),
@@ -218,27 +211,25 @@ def _interpolate(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return interpolated
 
 
-def _check(model: VisionTransformer, config: SparsifyConfig, match: Match, fit_steps: int) -> None:
+def _check(host: Host, config: SparsifyConfig, match: Match, fit_steps: int) -> None:
     if fit_steps < 0:
         raise ValueError(f"fit_steps must be at least 0, got {fit_steps}; 0 leaves the scorers as they are")
     if match not in get_args(Match):
         raise ValueError(f"match={match!r} is unknown; choose one of {get_args(Match)}")
-    if model.training:
+    if host.model.training:
         raise ValueError("model is in training mode; call model.eval() first")
     if config.share > 1:
         raise ValueError(f"share={config.share}: calibrate needs lists of each layer's own; set share=1")
     if config.tokens is not None:
         raise ValueError("calibrate measures layers that see all tokens; set tokens=None, and add them later")
-    if match == "logits" and not model.num_classes:
+    if match == "logits" and not host.num_classes:
         raise ValueError("match='logits' needs classes, but the model has none; use match='tokens'")
 
 
-def _budget(layer: SparseAttention, layout: TokenLayout, keep: tuple[int, int] | None = None) -> int:
-    """Keys of each list of a layer with its own `keep`, or another."""
-    with _restored([layer]):
-        layer.keep = keep or layer.keep
-        spec = layer.list_spec(layout)
-    return layout.tokens if spec is None else spec.budget
+def _budgets(layers: Sequence[SparseAttention], layout: TokenLayout, config: SparsifyConfig) -> list[int]:
+    """Keys of each list of the layers, if they did as configured."""
+    specs = [plan(Call(layout), config, layer.place) for layer in layers]
+    return [layout.tokens if spec is None else spec.budget for spec in specs]
 
 
 def _lengths(mean: float, least: int, tokens: int) -> list[int]:
@@ -247,7 +238,7 @@ def _lengths(mean: float, least: int, tokens: int) -> list[int]:
 
 
 def _layer_errors(
-    model: VisionTransformer,
+    host: Host,
     layers: Sequence[SparseAttention],
     batch: Tensor,
     lengths: Sequence[int],
@@ -255,34 +246,31 @@ def _layer_errors(
     match: Match,
 ) -> Iterator[list[float]]:
     """Errors of each layer alone, by length of its lists: what lies before it is computed once."""
-    for layer in layers:
-        layer.keep = _EVERY_KEY
+    keeps = [_EVERY_KEY] * len(layers)
+    _keep(layers, keeps)
     inputs: list[Tensor] = []
     hooks = [
-        block.register_forward_pre_hook(lambda module, args: inputs.append(args[0])) for block in model.blocks
+        block.register_forward_pre_hook(lambda module, args: inputs.append(args[0])) for block in host.blocks
     ]
     try:
-        expected = _outcome(model, model.forward_features(batch), match)
+        expected = _outcome(host, host.features(batch), match)
     finally:
         for hook in hooks:
             hook.remove()
-    for index, layer in enumerate(layers):
+    for index in range(len(layers)):
         errors = []
         for length in lengths:
-            layer.keep = exact_ratio(length / layout.tokens)
-            x = inputs[index]
-            for block in model.blocks[index:]:
-                x = block(x)
-            errors.append(_distance(_outcome(model, model.norm(x), match), expected, match))
-        layer.keep = _EVERY_KEY
+            _keep(layers, [*keeps[:index], length / layout.tokens, *keeps[index + 1 :]])
+            features = host.features_from(index, inputs[index])
+            errors.append(_distance(_outcome(host, features, match), expected, match))
         yield errors
 
 
 def _mean_error(
-    model: VisionTransformer,
+    host: Host,
     layers: Sequence[SparseAttention],
     batches: Sequence[Tensor],
-    keeps: Sequence[tuple[int, int]],
+    keeps: Sequence[float],
     match: Match,
 ) -> float:
     """Error with all layers sparse, the mean over all images."""
@@ -290,19 +278,24 @@ def _mean_error(
     for batch in batches:
         outcomes = []
         for chosen in ([_EVERY_KEY] * len(layers), keeps):
-            for layer, keep in zip(layers, chosen, strict=True):
-                layer.keep = keep
-            outcomes.append(_outcome(model, model.forward_features(batch), match))
+            _keep(layers, chosen)
+            outcomes.append(_outcome(host, host.features(batch), match))
         total += len(batch) * _distance(outcomes[1], outcomes[0], match)
     return total / sum(map(len, batches))
 
 
-def _outcome(model: VisionTransformer, features: Tensor, match: Match) -> Tensor:
+def _keep(layers: Sequence[SparseAttention], keeps: Sequence[float]) -> None:
+    """Has each layer list this share of the keys."""
+    config = change_config(layers[0].config, keep=list(keeps))
+    for layer in layers:
+        layer.configure(config, layer.place)
+
+
+def _outcome(host: Host, features: Tensor, match: Match) -> Tensor:
     """What is compared: log-probabilities [B, classes] or patch tokens [B, patches, C]."""
     if match == "logits":
-        logits: Tensor = model.forward_head(features)
-        return logits.double().log_softmax(-1)
-    return patch_tokens(model, features).double()
+        return host.logits(features).double().log_softmax(-1)
+    return host.patch_tokens(features).double()
 
 
 def _distance(actual: Tensor, expected: Tensor, match: Match) -> float:
@@ -313,13 +306,13 @@ def _distance(actual: Tensor, expected: Tensor, match: Match) -> float:
 
 @contextmanager
 def _restored(layers: Sequence[SparseAttention]) -> Iterator[None]:
-    """Gives layers their shares back at the end."""
-    keeps = [layer.keep for layer in layers]
+    """Gives layers their configuration back at the end."""
+    config = layers[0].config
     try:
         yield
     finally:
-        for layer, keep in zip(layers, keeps, strict=True):
-            layer.keep = keep
+        for layer in layers:
+            layer.configure(config, layer.place)
 
 
 @contextmanager

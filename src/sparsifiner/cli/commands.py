@@ -24,6 +24,7 @@ from sparsifiner.config import config_to_dict
 from sparsifiner.data import ImageSet, make_loader, open_images
 from sparsifiner.demo import run_demo
 from sparsifiner.device import choose_device
+from sparsifiner.hosts import host_of
 from sparsifiner.macs import count_macs
 from sparsifiner.measure.accuracy import Accuracy
 from sparsifiner.measure.accuracy import evaluate as evaluate_accuracy
@@ -52,8 +53,8 @@ def macs(model: ModelOptions, sparsity: SparsityOptions, *, json: bool = False) 
     reasons = why_not(built)
     if reasons:
         raise ValueError(f"model={model.model!r} cannot be counted: {'; '.join(reasons)}")
-    height, width = built.patch_embed.img_size  # type: ignore[union-attr, misc]
-    report = count_macs(built, (3, int(height), int(width))).to_dict()
+    height, width = host_of(built).image_size
+    report = count_macs(built, (3, height, width)).to_dict()
     if json:
         print(json_format.dumps(report))
         return

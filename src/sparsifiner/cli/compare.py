@@ -5,8 +5,6 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from timm.models.vision_transformer import VisionTransformer
-
 from sparsifiner.cli.options import DataOptions, ModelOptions, WeightOptions, build_model
 from sparsifiner.compare import Comparison
 from sparsifiner.compare import compare as compare_methods
@@ -47,7 +45,6 @@ def compare(
     reasons = why_not(dense)
     if reasons:
         raise ValueError(f"model={model.model!r} cannot be compared: {'; '.join(reasons)}")
-    assert isinstance(dense, VisionTransformer)
     rows = compare_methods(
         dense,
         images,

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
+from sparsifiner.hosts import host_of
 from sparsifiner.models.linformer import linformer
 from sparsifiner.patch import about_to_train, sparsify
 from sparsifiner.tokens import DynamicViT, EViT, TokenMethod, ToMe
@@ -39,9 +40,9 @@ class Geometry:
     pool: int | None = None
 
 
-Build = Callable[[VisionTransformer, Budget, Geometry], VisionTransformer]
+Build = Callable[[nn.Module, Budget, Geometry], nn.Module]
 # share of the patches that each of three stages leaves, and the model -> how to get there
-Drop = Callable[[float, VisionTransformer], TokenMethod]
+Drop = Callable[[float, nn.Module], TokenMethod]
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Method:
 def _lists(drop: Drop | None = None, **options: Any) -> Build:
     """Key lists of a scorer, by tile and with our summaries unless the options say otherwise."""
 
-    def build(model: VisionTransformer, budget: Budget, geometry: Geometry) -> VisionTransformer:
+    def build(model: nn.Module, budget: Budget, geometry: Geometry) -> nn.Module:
         chosen = {"tile": geometry.tile, "summary": geometry.summary, **options}
         if chosen.get("scorer", "impact") == "impact":
             chosen["pool"] = geometry.pool
@@ -94,7 +95,7 @@ def _lists(drop: Drop | None = None, **options: Any) -> Build:
 def _tokens(drop: Drop) -> Build:
     """Fewer tokens, dense attention among them."""
 
-    def build(model: VisionTransformer, budget: Budget, geometry: Geometry) -> VisionTransformer:
+    def build(model: nn.Module, budget: Budget, geometry: Geometry) -> nn.Module:
         assert budget.token_keep is not None
         with about_to_train():
             sparsify(model, keep=1.0, summary=None, tokens=drop(budget.token_keep, model))
@@ -103,13 +104,13 @@ def _tokens(drop: Drop) -> Build:
     return build
 
 
-def _merges(keep: float, model: VisionTransformer) -> ToMe:
+def _merges(keep: float, model: nn.Module) -> ToMe:
     """ToMe that ends with as many patches as three stages of dropping would."""
-    patches = int(model.patch_embed.num_patches)
-    return ToMe(r=max(1, round((1 - keep**3) * patches / len(model.blocks))))
+    host = host_of(model)
+    return ToMe(r=max(1, round((1 - keep**3) * host.native.patches / len(host.blocks))))
 
 
-def _build_linformer(model: VisionTransformer, budget: Budget, geometry: Geometry) -> VisionTransformer:
+def _build_linformer(model: nn.Module, budget: Budget, geometry: Geometry) -> nn.Module:
     assert budget.keep is not None
     linformer(model, budget.keep)
     return model

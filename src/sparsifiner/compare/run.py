@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from sparsifiner.compare.methods import METHODS, Budget, Geometry, Method
 from sparsifiner.data import ImageSet, evaluation_transform, make_loader
 from sparsifiner.files import write_aside
+from sparsifiner.hosts import host_of
 from sparsifiner.macs import count_macs
 from sparsifiner.measure.accuracy import evaluate
 from sparsifiner.measure.memory import scratch_bytes
@@ -155,8 +155,7 @@ def compare(
     Returns:
         All rows of the folder. Their "right" tells image by image who was right, as hexadecimal bits.
     """
-    if not isinstance(dense, VisionTransformer):
-        raise ValueError(f"dense must be a timm VisionTransformer, got {type(dense).__name__}")
+    host_of(dense)
     images.check_classes(dense)
     for name, budget in dict.fromkeys((name, budget) for name, budget, *_ in _settings(comparison)):
         METHODS[name].build(copy.deepcopy(dense), budget, comparison.geometry)  # rather now than after hours
@@ -209,12 +208,11 @@ def compare(
 
 def measure(model: nn.Module, dense: nn.Module, loader: Any, device: str) -> dict[str, Any]:
     """Accuracy and MACs of one model."""
-    assert isinstance(dense, VisionTransformer)
     model, twin = model.to(device).eval(), copy.deepcopy(dense).to(device).eval()
     accuracy = evaluate(model, loader, dense=twin, device=device)
     against = accuracy.against_dense
     assert against is not None
-    counted = count_macs(model, (3, *_image_size(dense))).to_dict()
+    counted = count_macs(model, (3, *host_of(dense).image_size)).to_dict()
     return {
         "images": accuracy.images,
         "top1": accuracy.top1,
@@ -229,7 +227,7 @@ def measure(model: nn.Module, dense: nn.Module, loader: Any, device: str) -> dic
     }
 
 
-def time_settings(dense: VisionTransformer, comparison: Comparison, file: Path) -> list[Row]:
+def time_settings(dense: nn.Module, comparison: Comparison, file: Path) -> list[Row]:
     """Times each setting of a file's rows once, with the dense weights, wherever that is still to be done.
 
     Time depends on the setting, not on the weights: trained rows of all seeds share it with the untrained
@@ -321,21 +319,16 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in _KEYS)
 
 
-def _image_size(dense: VisionTransformer) -> tuple[int, int]:
-    height, width = dense.patch_embed.img_size
-    return int(height), int(width)
-
-
 def _batch_on(place: str, comparison: Comparison) -> int:
     return comparison.timing_batch if place == "cuda" else 1
 
 
 def _cost_on(
-    place: str, models: dict[str, nn.Module], comparison: Comparison, dense: VisionTransformer
+    place: str, models: dict[str, nn.Module], comparison: Comparison, dense: nn.Module
 ) -> dict[str, Any]:
     """What a batch costs there, beside the dense model."""
     batch = _batch_on(place, comparison)
-    images = torch.randn(batch, 3, *_image_size(dense), dtype=_TIMED_DTYPES[place], device=place)
+    images = torch.randn(batch, 3, *host_of(dense).image_size, dtype=_TIMED_DTYPES[place], device=place)
     calls = forward_calls(models, images)
     timings = time_in_turns(calls, device=place, graphs=True)
     return {

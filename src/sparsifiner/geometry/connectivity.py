@@ -41,6 +41,7 @@ def forced_prefix(prefix: int, tile: int, summary: int | str | None) -> int:
     """
     return prefix if tile > 1 or summary is not None else 0
 
+
 _is_tls_included = torch._C._dispatch_tls_is_dispatch_key_included
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparsifiner.models.features import patch_tokens, same_patches, token_states
+from sparsifiner.hosts import find_host
+from sparsifiner.models.features import same_patches, token_states
 from sparsifiner.tokens import TokenState
 
 _NORMAL_95 = 1.96
@@ -170,19 +170,18 @@ class _Run:
     @contextmanager
     def keeping_tokens(self) -> Iterator[None]:
         """Keeps the patch tokens of each batch, where the model has some."""
-        model = self.model
-        if not isinstance(model, VisionTransformer):
+        host = find_host(self.model)
+        if host is None:
             yield
             return
 
-        with token_states(model) as states:
+        with token_states(self.model) as states:
 
             def keep(module: nn.Module, args: Any, features: Tensor) -> None:
                 self.state = states[-1] if states else None
-                self.tokens = patch_tokens(model, features, self.state)
+                self.tokens = host.patch_tokens(features, self.state)
 
-            # the last module that all tokens go through, an Identity in models that norm behind their pooling
-            handle = model.norm.register_forward_hook(keep)
+            handle = host.last_module.register_forward_hook(keep)
             try:
                 yield
             finally:

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from sparsifiner.attention import SparseAttention
 from sparsifiner.config import SparsifyConfig, config_to_dict
 from sparsifiner.device import choose_device
-from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.hosts import host_of
 from sparsifiner.measure.candidates import Candidate, time_candidates
 from sparsifiner.measure.inputs import spread_as_trained
 from sparsifiner.measure.parity import check_model
@@ -151,9 +150,7 @@ def _measure(
         for name, model in make_pair(settings, config, size).items()
     }
     sparse = models[SPARSE]
-    assert isinstance(sparse, VisionTransformer)
-    height, width = sparse.patch_embed.grid_size
-    layout = TokenLayout((int(height), int(width)), sparse.num_prefix_tokens)
+    layout = host_of(sparse).native
     generator = torch.Generator(device).manual_seed(settings.seed)
     shape = (_INPUT_SETS * batch, 3, size, size)
     images = torch.randn(shape, generator=generator, device=device).to(DTYPES[settings.dtype])

@@ -121,7 +121,7 @@ def check_model(model: nn.Module, image: Tensor) -> Parity | None:
     calls: list[tuple[int, Scorer, tuple[Tensor, Tensor, Tensor, ListSpec]]] = []
     hooks = [
         layer.scorer.register_forward_pre_hook(
-            lambda scorer, args, layer=layer: calls.append((layer.layer, scorer, args))
+            lambda scorer, args, layer=layer: calls.append((layer.place.index, scorer, args))
         )
         for layer in sparse_layers(model)
         if not isinstance(layer.scorer, BorrowingScorer)  # whose lists are checked where they are made

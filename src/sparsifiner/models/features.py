@@ -4,29 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from sparsifiner.blocks import TokenBlock
 from sparsifiner.tokens import TokenState
-from sparsifiner.tokens.blocks import TokenBlock
 from sparsifiner.tokens.state import take_tokens
-
-
-def patch_tokens(model: VisionTransformer, features: Tensor, state: TokenState | None = None) -> Tensor:
-    """Patch tokens behind the final norm: what a detection or segmentation head would see.
-
-    Args:
-        model: the model.
-        features: [B, N, C], what `model.forward_features` gave.
-        state: which tokens these are, None for all.
-
-    Returns:
-        [B, patches, C], those that are left.
-    """
-    tokens = features[:, model.num_prefix_tokens if state is None else state.prefix :]
-    if isinstance(model.norm, nn.Identity):  # average pooling puts the final norm behind it
-        tokens = model.fc_norm(tokens)
-    return tokens
 
 
 def same_patches(tokens: Tensor, state: TokenState | None) -> Tensor:

@@ -2,18 +2,16 @@
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sparsifiner.attention import SHARED_MODULES, merge_heads, split_heads, take_over
 from sparsifiner.geometry.connectivity import exact_ratio
 from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.hosts import host_of
+from sparsifiner.hosts.timm_vit import TimmAttentionParts
 from sparsifiner.ops.dense import dense_attention
-from sparsifiner.standin import StandIn
 
 
-class LinformerAttention(StandIn):
+class LinformerAttention(TimmAttentionParts):
     """Takes the place of a timm `Attention`, built from its submodules.
 
     ```
@@ -34,20 +32,11 @@ class LinformerAttention(StandIn):
         heads of a layer.
     """
 
-    SHARED_MODULES = SHARED_MODULES
-
-    num_heads: int
-    head_dim: int
-    attn_dim: int
-    scale: float
-    fused_attn: bool
-    qkv: nn.Linear
-
-    def __init__(self, dense: Attention, layout: TokenLayout, size: int) -> None:
+    def __init__(self, dense: nn.Module, layout: TokenLayout, size: int) -> None:
         super().__init__()
-        take_over(self, dense)
+        self.stand_in_for(dense)
         self.prefix = layout.prefix
-        weight = dense.qkv.weight
+        weight = self.qkv.weight
         means = _group_means(layout, size).to(device=weight.device, dtype=weight.dtype)
         self.key_mixture = nn.Parameter(means.clone())
         self.value_mixture = nn.Parameter(means.clone())
@@ -65,11 +54,11 @@ class LinformerAttention(StandIn):
             raise ValueError(
                 f"Linformer was made for {len(self.key_mixture)} patches, got {patches}; make one for these"
             )
-        q, k, v = split_heads(self, self.qkv(x))
+        q, k, v = self.project(x)
         k = torch.cat([k[:, :, : self.prefix], self.key_mixture.to(k.dtype).mT @ k[:, :, self.prefix :]], 2)
         v = torch.cat([v[:, :, : self.prefix], self.value_mixture.to(v.dtype).mT @ v[:, :, self.prefix :]], 2)
         out = dense_attention(q, k, v, self.scale, fused=self.fused_attn)
-        return merge_heads(self, x, out)
+        return self.combine(x, out)
 
     def macs(self, layout: TokenLayout) -> tuple[int, int, int]:
         """MACs of attention and of the mixtures per image, and the keys of a query."""
@@ -84,7 +73,7 @@ class LinformerAttention(StandIn):
         return f"patches={patches}, size={size}"
 
 
-def linformer(model: VisionTransformer, keep: float) -> VisionTransformer:
+def linformer(model: nn.Module, keep: float) -> nn.Module:
     """Gives a dense model Linformer attention, in place, with `ceil(keep · N)` keys for every query.
 
     Args:
@@ -94,14 +83,14 @@ def linformer(model: VisionTransformer, keep: float) -> VisionTransformer:
     Raises:
         ValueError: that leaves no mixture.
     """
-    height, width = model.patch_embed.grid_size
-    layout = TokenLayout((int(height), int(width)), model.num_prefix_tokens)
+    host = host_of(model)
+    layout = host.native
     numerator, denominator = exact_ratio(keep)
     size = -(-numerator * layout.tokens // denominator) - layout.prefix
     if not 1 <= size <= layout.patches:
         raise ValueError(f"keep={keep} leaves {size} mixtures of {layout.patches} patches; raise it")
-    for block in model.blocks:
-        block.attn = LinformerAttention(block.attn, layout, size)
+    for block in host.blocks:
+        host.put_attention(block, LinformerAttention(host.attention_of(block), layout, size))
     return model
 
 

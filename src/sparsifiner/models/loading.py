@@ -12,11 +12,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention, rename_released_keys
 from sparsifiner.config import SparsifyConfig
+from sparsifiner.hosts import find_host, host_of
 from sparsifiner.models.adapter import is_predictor, is_scorer, read_adapter_config
 from sparsifiner.patch import about_to_train, plan_sparsity, sparsify
 from sparsifiner.scorers import LowRankScorer
@@ -73,7 +73,10 @@ def load_model(
     except (TypeError, AssertionError, ArithmeticError, LookupError, RuntimeError) as error:
         reason = str(error) or type(error).__name__
         raise ValueError(f"model_args={arguments} do not fit {name}: {reason}") from error
-    _check_image_size(model, name)
+    host = find_host(model)
+    reason = "" if host is None else host.why_no_size()
+    if reason:
+        raise ValueError(f"model={name!r}: {reason}")
     if config is not None:
         scorer = scorers is not None or (state is not None and _holds_scorer(state))
         predictor = state is not None and any(is_predictor(key) for key in state)
@@ -81,7 +84,7 @@ def load_model(
             sparsify(model, config)
     if state is not None:
         if resample:
-            state = _resampled(state, model)
+            state = host_of(model).resampled(state)
         _load_checked(model, state, f"weights={str(weights)!r}", may_resample=not resample)
     if scorers is not None:
         learning = {
@@ -105,7 +108,7 @@ def load_weights(model: nn.Module, path: str | Path, *, resample: bool = False) 
         ValueError: the file cannot be read or does not fit.
     """
     state = read_weights(path)
-    state = _resampled(state, model) if resample else state
+    state = host_of(model).resampled(state) if resample else state
     _load_checked(model, state, f"weights={str(path)!r}", may_resample=not resample)
 
 
@@ -163,8 +166,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     scorers = _read_adapter(path, config)
     plan = plan_sparsity(model, config)
     learning = {
-        f"blocks.{index}.attn.scorer.": layer.scorer
-        for index, layer in enumerate(plan.layers)
+        f"{name}.scorer.": layer.scorer
+        for name, layer in zip(plan.host.attention_names, plan.layers, strict=True)
         if isinstance(layer.scorer, LowRankScorer)
     }
     _check_scorers(learning, scorers, f"path={str(path)!r}")
@@ -199,15 +202,6 @@ def _read_adapter(path: str | Path, config: SparsifyConfig | None) -> dict[str, 
             f"adapter={str(path)!r} holds more than scorers ({_shorten(strange)}); load it as weights"
         )
     return scorers
-
-
-def _resampled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The state with its embeddings at the model's patch size and grid."""
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(f"resample=True needs a timm VisionTransformer, got {type(model).__name__}")
-    fitted = checkpoint_filter_fn(dict(state), model)
-    # of names it drops some; what does not belong to the model is for the check to say
-    return {**state, **{key: fitted[key] for key in state if key in fitted}}
 
 
 def _load_checked(
@@ -292,20 +286,6 @@ def _check_names(missing: Iterable[str], unexpected: Iterable[str], source: str)
 
 def _holds_scorer(state: dict[str, Tensor]) -> bool:
     return any(is_scorer(key) or _RELEASED in key for key in state)
-
-
-def _check_image_size(model: nn.Module, name: str) -> None:
-    embed = getattr(model, "patch_embed", None)
-    sizes, patches = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
-    if getattr(model, "dynamic_img_size", False) or not sizes or not patches:
-        return
-    for size, patch in zip(sizes, patches, strict=True):
-        if size % patch:
-            below = size // patch * patch
-            raise ValueError(
-                f"img_size={size} is not a multiple of the patch size {patch} of {name}; "
-                f"use {f'{below} or ' if below else ''}{below + patch}"
-            )
 
 
 def _shorten(problems: list[str]) -> str:

@@ -7,6 +7,7 @@ the released checkpoints, so those load as they are.
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm, PatchEmbed, nchw_to, to_2tuple
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -18,8 +19,10 @@ from timm.models.vision_transformer import (
 )
 from torch import Tensor, nn
 
-from sparsifiner.models.features import patch_tokens
+from sparsifiner.hosts import HOSTS
+from sparsifiner.hosts.timm_vit import TimmViT
 from sparsifiner.standin import is_proxy, leaf_node
+from sparsifiner.tokens.state import take_tokens
 
 _STEM_CHANNELS = 64
 _RESIDUAL_DIVISOR = 2.0
@@ -189,7 +192,7 @@ class LVViT(VisionTransformer):  # type: ignore[misc]
         Returns:
             [B, patches, classes].
         """
-        logits: Tensor = self.aux_head(self.head_drop(patch_tokens(self, features)))
+        logits: Tensor = self.aux_head(self.head_drop(TimmViT(self).patch_tokens(features)))
         return logits
 
     def _make_aux_head(self) -> nn.Module:
@@ -197,6 +200,33 @@ class LVViT(VisionTransformer):  # type: ignore[misc]
             return nn.Identity()
         weight = self.patch_embed.proj.weight
         return nn.Linear(self.embed_dim, self.num_classes, device=weight.device, dtype=weight.dtype)
+
+
+class LVViTHost(TimmViT):
+    """A timm `VisionTransformer` whose head looks at every patch."""
+
+    model: LVViT
+
+    @classmethod
+    def owns(cls, model: nn.Module) -> bool:
+        """See `Host.owns`."""
+        return isinstance(model, LVViT)
+
+    def why_not_masked(self) -> str:
+        """See `Host.why_not_masked`."""
+        if self.model.global_pool == "token":
+            return ""
+        return f"its head (global_pool={self.model.global_pool!r}) would look at all of them"
+
+    def masked(self, features: Tensor, policy: Tensor) -> Tensor:
+        """See `Host.masked`: of the largest logits of all patches, a patch twice changes nothing."""
+        stays = policy.detach()[:, self.prefix :]
+        one_that_stays = stays.argmax(1, keepdim=True) + self.prefix
+        twice: Tensor = take_tokens(features, one_that_stays)
+        return torch.where(policy[:, :, None] > 0, features, twice)
+
+
+HOSTS.append(LVViTHost)
 
 
 def _halved(patch_size: int | tuple[int, int]) -> tuple[int, int]:

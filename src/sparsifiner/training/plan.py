@@ -9,10 +9,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from sparsifiner.data import ImageSet
+from sparsifiner.hosts import host_of
 from sparsifiner.macs import count_macs
 from sparsifiner.models.adapter import is_scorer
 from sparsifiner.patch import sparse_layers, why_not
@@ -46,11 +46,10 @@ def describe_plan(
     reasons = why_not(model)
     if reasons:
         raise ValueError(f"model cannot be trained: {'; '.join(reasons)}")
-    assert isinstance(model, VisionTransformer)
     share = Share(0, processes, recipe.accumulate)
     share.check(recipe.batch_size)
-    height, width = model.patch_embed.img_size
-    macs = count_macs(model, (3, int(height), int(width))).to_dict()
+    height, width = host_of(model).image_size
+    macs = count_macs(model, (3, height, width)).to_dict()
     dense, sparse = macs["dense"]["attention"] / 1e6, macs["sparse"]["attention"] / 1e6
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     lines = [
@@ -88,22 +87,22 @@ def rehearse(
     Returns:
         Seconds that it took.
     """
-    assert isinstance(model, VisionTransformer)
+    host = host_of(model)
     start = time.perf_counter()
     parts = PartialState(cpu=device == "cpu").num_processes * recipe.accumulate
     stages = [dataclasses.replace(stage, epochs=1, warmup_epochs=0) for stage in recipe.stages]
     # on a GPU the batch is what may not fit
     batch = recipe.batch_size if torch.cuda.is_available() and device != "cpu" else 2 * parts
     short = dataclasses.replace(recipe, stages=stages, batch_size=batch, workers=0)
-    height, width = model.patch_embed.img_size
+    height, width = host.image_size
     draw = np.random.default_rng(recipe.seed)
     rows = [
-        (Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)), row % model.num_classes)
+        (Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)), row % host.num_classes)
         for row in range(2 * parts)
     ]
     rows *= -(-_STEPS * batch // len(rows))
     rows = rows[: _STEPS * batch]
-    images = ImageSet(rows, [str(label) for label in range(model.num_classes)], "random images")
+    images = ImageSet(rows, [str(label) for label in range(host.num_classes)], "random images")
     with tempfile.TemporaryDirectory() as own:
         folder = [own]
         broadcast_object_list(folder)  # one for all processes

@@ -3,20 +3,18 @@
 import copy
 import hashlib
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.blocks import TokenBlocks
+from sparsifiner.hosts import host_of
 from sparsifiner.models.adapter import is_predictor, is_scorer
-from sparsifiner.models.features import patch_tokens, token_states
-from sparsifiner.models.lvvit import LVViT
+from sparsifiner.models.features import token_states
 from sparsifiner.ops.precision import without_autocast
 from sparsifiner.patch import desparsify, sparse_layers
 from sparsifiner.scorers import BorrowingScorer
-from sparsifiner.tokens.blocks import TokenBlocks
 from sparsifiner.tokens.dynamicvit import ratio_loss
 from sparsifiner.tokens.state import take_tokens
 from sparsifiner.tracing import trace_projections
@@ -85,11 +83,11 @@ class Student(nn.Module):
                 "after reconstruct where the scorer learns"
             )
         predicts = any(is_predictor(name) for name, _ in model.named_parameters())
-        if predicts and kind.trains != "scorer" and not _knows_who_stays(model):
+        reason = host_of(model).why_not_masked() if predicts and kind.trains != "scorer" else ""
+        if reason:
             raise ValueError(
-                "stages: DynamicViT masks tokens while it trains, and the head of this model "
-                f"(global_pool={model.global_pool!r}) would look at all of them; use EViT or ToMe, "
-                "or a model that pools by token or avg"
+                f"stages: DynamicViT masks tokens while it trains, and of this model {reason}; use EViT or "
+                "ToMe, or a model that pools by token or avg"
             )
         self.model = model
         self.kind = kind
@@ -130,7 +128,8 @@ class Student(nn.Module):
 
     def _reconstruct(self, images: Tensor, scored: Projections, target: Projections) -> Tensor:
         """Loss of the scorers that see `scored` against the attention of `target`, mean over layers."""
-        layout = _layout_of(self.model, images)
+        height, width = images.shape[-2:]
+        layout = host_of(self.model).layout_for((height, width))
         errors = []
         for layer, seen, wanted in zip(sparse_layers(self.model), scored, target, strict=True):
             if isinstance(layer.scorer, BorrowingScorer):
@@ -218,48 +217,17 @@ def same_backbone(model: nn.Module, other: nn.Module) -> bool:
     )
 
 
-def _forward(model: Any, images: Tensor) -> dict[str, Tensor]:
+def _forward(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Patch tokens behind the final norm [B, patches, C], logits [B, classes], and what tells of others."""
-    assert isinstance(model, VisionTransformer)
+    host = host_of(model)
     with token_states(model) as states:
-        features = model.forward_features(images)
+        features = host.features(images)
     state = states[-1] if states else None
-    seen = features if state is None or state.policy is None else _staying(model, features, state.policy)
-    outputs = {"tokens": patch_tokens(model, features, state), "logits": model.forward_head(seen)}
+    seen = features if state is None or state.policy is None else host.masked(features, state.policy)
+    outputs = {"tokens": host.patch_tokens(features, state), "logits": host.logits(seen)}
     if state is not None and state.positions is not None:
         outputs["positions"] = state.positions
     if state is not None and state.policy is not None:
         outputs["policy"] = state.policy[:, state.prefix :]
-        outputs["ratio"] = ratio_loss(model.blocks, states)
+        outputs["ratio"] = ratio_loss(host.blocks, states)
     return outputs
-
-
-def _knows_who_stays(model: nn.Module) -> bool:
-    """Whether `_staying` can keep masked tokens from the head."""
-    assert isinstance(model, VisionTransformer)
-    if isinstance(model, LVViT):
-        return bool(model.global_pool == "token")
-    return model.attn_pool is None and model.global_pool in {"token", "avg"}
-
-
-def _staying(model: VisionTransformer, features: Tensor, policy: Tensor) -> Tensor:
-    """Features [B, N, C] of which the head makes what it makes of the tokens that stay, [B, N] of 0 and 1."""
-    if isinstance(model, LVViT):
-        # of the largest logits of all patches, those of a patch that is there twice change nothing
-        stays = policy.detach()[:, model.num_prefix_tokens :]
-        one_that_stays = stays.argmax(1, keepdim=True) + model.num_prefix_tokens
-        return torch.where(policy[:, :, None] > 0, features, take_tokens(features, one_that_stays))
-    if model.global_pool == "avg":
-        counted = policy if model.pool_include_prefix else policy[:, model.num_prefix_tokens :]
-        mean_of_staying = counted.shape[1] / counted.sum(1, keepdim=True).clamp(min=1.0)
-        return features * (policy * mean_of_staying)[:, :, None]
-    return features
-
-
-def _layout_of(model: nn.Module, images: Tensor) -> TokenLayout:
-    """Where the tokens of these images lie, whether or not the model has seen them."""
-    assert isinstance(model, VisionTransformer)
-    grid = model.patch_embed.grid_size
-    if model.dynamic_img_size:
-        grid = model.patch_embed.dynamic_feat_size(tuple(images.shape[-2:]))
-    return TokenLayout((int(grid[0]), int(grid[1])), model.num_prefix_tokens)

@@ -1,9 +1,9 @@
 """Blocks that pass on which tokens are left."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, cast
 
-from timm.models.vision_transformer import Block, ResPostBlock
 from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention
@@ -11,12 +11,11 @@ from sparsifiner.standin import StandIn
 from sparsifiner.tokens.method import TokenMethod, TokenReducer
 from sparsifiner.tokens.state import TokenState
 
-# everything of timm's block that its forward uses
-SHARED_BLOCK_MODULES = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
-
 
 class TokenBlock(StandIn):
-    """Takes the place of a timm block, built from its submodules, and drops or merges tokens.
+    """Takes the place of a model's block, built from its submodules, and drops or merges tokens.
+
+    A host's subclass says what the block of its family does around attention and MLP: `attend`, `transform`.
 
     Args:
         present: the block, or another that stands in for it.
@@ -24,28 +23,28 @@ class TokenBlock(StandIn):
         reducer: what happens to the tokens, None for nothing.
     """
 
-    SHARED_MODULES = SHARED_BLOCK_MODULES
-
-    norm1: nn.Module
-    attn: SparseAttention
-    ls1: nn.Module
-    drop_path1: nn.Module
-    norm2: nn.Module
-    mlp: nn.Module
-    ls2: nn.Module
-    drop_path2: nn.Module
-
-    def __init__(
-        self,
-        present: "Block | ResPostBlock | TokenBlock",
-        attention: SparseAttention,
-        reducer: TokenReducer | None,
-    ) -> None:
+    def __init__(self, present: nn.Module, attention: SparseAttention, reducer: TokenReducer | None) -> None:
         super().__init__()
         self.stand_in_for(present)
-        self.attn = attention
-        self.normalises_after = isinstance(self._dense[0], ResPostBlock)
+        self.put_attention(attention)
         self.reducer = reducer
+
+    @abstractmethod
+    def put_attention(self, attention: SparseAttention) -> None:
+        """Gives the block its attention, under the name that checkpoints know."""
+
+    @property
+    @abstractmethod
+    def attention(self) -> SparseAttention:
+        """The block's attention."""
+
+    @abstractmethod
+    def attend(self, x: Tensor, state: TokenState) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, N, C] behind the branch of attention, and its q and k [B, H, N, d]."""
+
+    @abstractmethod
+    def transform(self, x: Tensor) -> Tensor:
+        """Tokens [B, N, C] behind the branch of the MLP."""
 
     def forward(
         self,
@@ -59,7 +58,7 @@ class TokenBlock(StandIn):
         Args:
             x: tokens.
             state: which they are.
-            attn_mask: None; timm gives masks to blocks one by one.
+            attn_mask: None; models give masks to blocks one by one.
             is_causal: False.
 
         Raises:
@@ -74,19 +73,15 @@ class TokenBlock(StandIn):
             )
         if self.reducer is not None:
             x, state = self.reducer.before_attention(x, state)
-        out, q, k = self.attn(x if self.normalises_after else self.norm1(x), state=state)
-        out = self.norm1(out) if self.normalises_after else self.ls1(out)
-        x = x + self.drop_path1(out)
+        x, q, k = self.attend(x, state)
         if self.reducer is not None:
-            x, state = self.reducer.after_attention(x, q, k, self.attn.scale, state)
-        del out, q, k  # the MLP needs their memory
-        if self.normalises_after:
-            return x + self.drop_path2(self.norm2(self.mlp(x))), state
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), state
+            x, state = self.reducer.after_attention(x, q, k, self.attention.scale, state)
+        del q, k  # the MLP needs their memory
+        return self.transform(x), state
 
 
 class TokenBlocks(StandIn, nn.Sequential):
-    """Takes the place of a timm model's blocks, with the same children, and starts the state of each call.
+    """Takes the place of a model's blocks, with the same children, and starts the state of each call.
 
     Args:
         present: the blocks that it replaces, or those that stand in for them.
@@ -108,7 +103,7 @@ class TokenBlocks(StandIn, nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, N, C] of the whole image to those that are left."""
         blocks = [cast("TokenBlock", block) for block in self]
-        first = blocks[0].attn
+        first = blocks[0].attention
         state = TokenState(first.current_layout(x.shape[1]), backend=first.backend)
         for block in blocks:
             x, state = block(x, state)
