@@ -58,10 +58,7 @@ class SparseAttention(StandIn):
         lists: where the layers behind find the lists of this one, if they share them, else None.
     """
 
-    num_heads: int
-    head_dim: int
-    scale: float
-    fused_attn: bool
+    fused_attn = True
 
     def __init__(
         self, dense: nn.Module, scorer: Scorer, grid: GridOfCall, place: LayerPlace, config: SparsifyConfig
@@ -77,6 +74,7 @@ class SparseAttention(StandIn):
         """Changes what the layer does and which of the model's layers it is; its weights stay."""
         self.config = config
         self.place = place
+        self.num_heads, self.head_dim, self.scale = place.num_heads, place.head_dim, place.scale
         self.scorer.configure(config)
         self.scorer.place_at(place.index)
         # two attributes: compilers can make variables of numbers, not of a tuple

@@ -171,7 +171,7 @@ def _plan_layers(host: Host, config: SparsifyConfig, grid: CurrentGrid) -> list[
     native, depth = host.native, len(host.blocks)
     lists: SharedLists | None = None
     for index, attention in enumerate(host.attentions):
-        layer_place = LayerPlace(index, depth, native, attention.scale)
+        layer_place = LayerPlace(index, depth, native, *host.heads_of(attention), host.scale_of(attention))
         place = index % config.share
         if not place:
             lists = SharedLists() if index + 1 < depth and config.share > 1 else None

@@ -25,12 +25,16 @@ class LayerPlace:
         index: of the layer.
         depth: number of layers.
         native: its tokens at the image size that the model is made for.
+        num_heads: H.
+        head_dim: d.
         scale: factor of its logits.
     """
 
     index: int
     depth: int
     native: TokenLayout
+    num_heads: int
+    head_dim: int
     scale: float
 
 

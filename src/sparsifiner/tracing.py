@@ -82,9 +82,9 @@ def trace_projections(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]
     def record(q: Tensor, k: Tensor) -> None:
         projections.append((q, k))
 
-    handles = [host.watch_projections(attention, record) for attention in host.attentions]
     first = host.attentions[0]
-    handles.append(first.register_forward_pre_hook(lambda module, args: projections.clear()))
+    handles = [first.register_forward_pre_hook(lambda module, args: projections.clear())]
+    handles += [host.watch_projections(attention, record) for attention in host.attentions]
     try:
         with torch.compiler.set_stance("force_eager"):
             yield projections

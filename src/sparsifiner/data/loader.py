@@ -10,6 +10,8 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from sparsifiner.hosts import image_size_of
+
 
 def evaluation_transform(
     model: nn.Module,
@@ -36,7 +38,7 @@ def evaluation_transform(
     Raises:
         ValueError: an override is impossible.
     """
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None) if img_size is None else img_size
+    size = image_size_of(model) if img_size is None else img_size
     sides = (size, size) if isinstance(size, int) else size
     if sides is not None and (len(sides) != 2 or min(sides) < 1):
         raise ValueError(f"img_size must be a side, or height and width, in pixels; got {img_size!r}")

@@ -7,7 +7,7 @@ from torch import nn
 from sparsifiner.hosts.base import CurrentGrid, Host
 from sparsifiner.hosts.timm_vit import TimmViT
 
-__all__ = ["HOSTS", "CurrentGrid", "Host", "find_host", "host_of", "reasons_against"]
+__all__ = ["HOSTS", "CurrentGrid", "Host", "find_host", "host_of", "image_size_of", "reasons_against"]
 
 # a row for each family; of several that own a model the last one counts, so that others may refine it
 HOSTS: list[type[Host]] = [TimmViT]
@@ -29,6 +29,16 @@ def host_of(model: nn.Module) -> Host:
     if host is None:
         raise ValueError(_why_no_host(model))
     return host
+
+
+def image_size_of(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width in pixels of the images that a model is made for, None where nobody can tell.
+
+    Args:
+        model: any module.
+    """
+    host = find_host(model)
+    return None if host is None or host.why_no_model() else host.image_size
 
 
 def reasons_against(model: nn.Module, peers: Collection[type[nn.Module]] = ()) -> list[str]:

@@ -80,6 +80,11 @@ class Host(ABC):
         """Number of heads H and head dim d of an attention module, dense or sparse."""
         return attention.num_heads, attention.head_dim
 
+    def scale_of(self, attention: Any) -> float:
+        """Factor of the logits of an attention module, dense or sparse: `d ** -0.5` unless it has another."""
+        scale: float = getattr(attention, "scale", self.heads_of(attention)[1] ** -0.5)
+        return scale
+
     @property
     def attention_names(self) -> list[str]:
         """Their names in the model, in order."""
@@ -228,7 +233,7 @@ class Host(ABC):
         Args:
             peers: classes of attention modules that will do, too.
         """
-        reasons = self._why_no_model()
+        reasons = self.why_no_model()
         if not len(self.blocks):
             reasons.append("it has no blocks")
         against: dict[str, list[int]] = {}
@@ -273,7 +278,7 @@ class Host(ABC):
         """
         raise ValueError(f"resample=True is not supported for a {self.FAMILY}; give weights of its size")
 
-    def _why_no_model(self) -> list[str]:
+    def why_no_model(self) -> list[str]:
         """Reasons against the model besides its blocks."""
         return []
 

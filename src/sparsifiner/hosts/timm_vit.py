@@ -259,7 +259,8 @@ class TimmViT(Host):
         # of names it drops some; what does not belong to the model is for others to say
         return {**state, **{key: fitted[key] for key in state if key in fitted}}
 
-    def _why_no_model(self) -> list[str]:
+    def why_no_model(self) -> list[str]:
+        """See `Host.why_no_model`."""
         if getattr(self.model.patch_embed, "grid_size", None) is None:
             return [f"{type(self.model.patch_embed).__name__} has no patch grid (grid_size)"]
         return []

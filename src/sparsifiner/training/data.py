@@ -13,6 +13,7 @@ from timm.data.mixup import mixup_target
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from sparsifiner.hosts import image_size_of
 from sparsifiner.training.recipe import Recipe
 
 # what a seed is for
@@ -171,7 +172,7 @@ def training_transform(model: nn.Module, recipe: Recipe) -> Transform:
     Raises:
         ValueError: timm does not know the policy or the filter.
     """
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    size = image_size_of(model)
     overrides = {"mean": recipe.mean, "std": recipe.std, "interpolation": recipe.interpolation}
     config = resolve_data_config(overrides | {"input_size": size and (3, *size)}, model=model)
     try:
