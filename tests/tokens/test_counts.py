@@ -205,7 +205,7 @@ def seen_of_evit(model, method):
     """What torch's counter sees beyond what the method needs: it fuses tokens that stay too, with weight 0,
     and its class attention is a product and a sum."""
     layers = sparse_layers(model)
-    width, prefix = layers[0].head_dim * layers[0].num_heads, layers[0].prefix
+    width, prefix = layers[0].head_dim * layers[0].num_heads, layers[0].place.native.prefix
     stages = [count for count in method.counts(len(layers), 36, prefix) if count.gone]
     left = sum(count.attention - prefix - count.fused - count.gone for count in stages)
     return width * (method.fuse * left - sum(count.attention for count in stages))
