@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparsifiner.viz.svg import write_svg
+from sparsifiner.svg import write_svg
 
 Row = dict[str, Any]
 _LABELS = {"impact": "impact, falling budgets", "pooled": "pooled, even", "random": "random, even"}

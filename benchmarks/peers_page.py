@@ -7,8 +7,8 @@ from provenance import RESULTS
 from tables import source_of, table
 
 from sparsifiner.compare.methods import METHODS
-from sparsifiner.compare.table import comparison_lines
-from sparsifiner.viz.pareto import write_pareto
+from sparsifiner.compare.pareto import write_pareto
+from sparsifiner.compare.table import comparison_lines, picture_rows
 
 CONFIGS = RESULTS.parents[1] / "configs" / "compare"
 DTYPES = {"cuda": "bf16", "cpu": "fp32"}
@@ -22,7 +22,7 @@ def comparison() -> str:
     for file in sorted(RESULTS.glob("compare_*.json")):
         rows = json.loads(file.read_text())
         picture = RESULTS.parent / f"{file.stem}.svg"
-        write_pareto(picture, rows)
+        write_pareto(picture, picture_rows(rows))
         header, lines = comparison_lines(rows)
         body = [[f"**{line[0][2:]}**" if line[0].startswith("+ ") else line[0], *line[1:]] for line in lines]
         settings = yaml.safe_load(

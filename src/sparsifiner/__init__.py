@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from sparsifiner.lazy import loader
+from sparsifiner.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from sparsifiner.calibration.budgets import calibrate
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from sparsifiner.patch import desparsify, sparsify, why_not
     from sparsifiner.tokens import DynamicViT, EViT, ToMe
     from sparsifiner.tracing import trace
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Connectivity",

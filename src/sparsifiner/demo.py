@@ -208,8 +208,12 @@ def write_report(
     with torch.inference_mode(), trace(sparse) as traces:
         sparse(pixels)
     figures = []
+    last = traces[len(traces) - 1]
+    lists, layout = last.connectivity, last.connectivity.layout
+    window = None if last.summary is None else layout.extent(last.summary)
     for y, x in _QUERIES:
-        picture = key_list_svg(image, traces[len(traces) - 1], (y, x), head=0)
+        keys = lists.patches_of((y, x), head=0)
+        picture = key_list_svg(image, keys, layout.raster, (y, x), tile=lists.tile, window=window)
         figures.append(f"<figure>{picture}<figcaption>row {y}, column {x}</figcaption></figure>")
     cells = [
         f"<tr><td>{html.escape(row.name)}</td><td>{row.top1:.1f}</td><td>{row.agreement:.1f}</td>"
@@ -219,7 +223,7 @@ def write_report(
     head = "".join(
         f"<th>{name}</th>" for name in ("", "top-1 %", "agreement %", "attention MMACs", "total MMACs")
     )
-    template = Template(importlib.resources.files("sparsifiner.viz").joinpath("demo_report.html").read_text())
+    template = Template(importlib.resources.files("sparsifiner").joinpath("demo.html").read_text())
     page = template.substitute(
         setup="A small Vision Transformer (257 tokens) trained on scikit-learn's handwritten digits, then "
         "made sparse in two ways. Fast, without any training: every tile of 4x4 patches attends to its "

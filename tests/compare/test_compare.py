@@ -15,13 +15,13 @@ import torch
 import sparsifiner
 from sparsifiner.cli import main
 from sparsifiner.compare import METHODS, Budget, Comparison, Geometry, compare
+from sparsifiner.compare.pareto import write_pareto
 from sparsifiner.compare.run import pack_bits, time_settings, unpack_bits
-from sparsifiner.compare.table import cost_of, format_comparison, front_of, merge_seeds
+from sparsifiner.compare.table import cost_of, format_comparison, front_of, merge_seeds, picture_rows
 from sparsifiner.data import open_images
 from sparsifiner.measure.records import append_rows, read_rows
 from sparsifiner.training import Recipe
 from sparsifiner.training.recipe import Stage
-from sparsifiner.viz.pareto import write_pareto
 
 SMALL = {"img_size": 32, "patch_size": 4, "depth": 4, "embed_dim": 24, "num_heads": 2, "num_classes": 10}
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "compare"
@@ -218,7 +218,7 @@ def test_what_runs_by_the_reference_is_not_timed(tmp_path):
     assert released["costs"] == {}
     assert cost_of(released, "cpu") is None
     assert format_comparison([dense, released]).count(" ms)") == 1
-    write_pareto(picture, [dense, released])
+    write_pareto(picture, picture_rows([dense, released]))
     assert "released" in picture.read_text()
 
 
@@ -273,7 +273,7 @@ def test_the_configurations_are_comparisons(config, monkeypatch):
     given = []
     command = sys.modules["sparsifiner.cli.compare"]  # the package has a function of this name
     monkeypatch.setattr(command, "compare_methods", lambda *args, **options: given.append(args) or [])
-    for name in ("write_csv", "write_pareto"):
+    for name in ("write_csv", "write_pareto", "picture_rows"):
         monkeypatch.setattr(command, name, lambda *args: None)
     monkeypatch.setattr(command, "format_comparison", lambda rows: "")
     assert main(["compare", "--config", str(CONFIGS / f"{config}.yaml"), "--data", "digits"]) == 0

@@ -88,3 +88,21 @@ def test_patches_lie_in_a_grid_or_along_a_curve():
         Connectivity(indices)
     with pytest.raises(TypeError, match=r"got grid=\(2, 2\) and survivors=4; give one of them"):
         Connectivity(indices, (2, 2), survivors=4)
+
+
+def test_patches_of_a_query_are_those_of_its_tile():
+    indices = torch.tensor([[0, 1], [8, 2], [3, 13], [5, -1]], dtype=torch.int32)
+    lists = Connectivity(indices.expand(1, 1, 4, 2), (3, 4), 2, 1, check=False)
+    assert lists.patches_of((1, 3), head=0) == [7, 1]  # tokens 8 and 2 after one prefix token
+    # prefix keys, empty slots and tokens that are not there have no place
+    assert lists.patches_of((0, 0), head=0) == [0]
+    assert lists.patches_of((2, 1), head=0) == [2]
+    assert lists.patches_of((2, 3), head=0) == [4]
+    with pytest.raises(ValueError, match=r"query=\(3, 0\) lies outside the grid of 3x4"):
+        lists.patches_of((3, 0), head=0)
+
+
+def test_lists_along_a_curve_have_no_place_in_the_image():
+    lists = Connectivity(torch.zeros(1, 1, 2, 1, dtype=torch.int32), tile=2, prefix=1, survivors=5)
+    with pytest.raises(ValueError, match="saw a curve of 5 patches, others were dropped before; ask"):
+        lists.patches_of((0, 0), head=0)

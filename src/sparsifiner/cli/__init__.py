@@ -10,12 +10,12 @@ from typing import Any
 from docstring_parser import parse
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
-from sparsifiner import __version__
 from sparsifiner.cli.bench import bench_model, bench_ops
 from sparsifiner.cli.calibrate import calibrate
 from sparsifiner.cli.commands import demo, evaluate, info, macs, train
 from sparsifiner.cli.compare import compare
 from sparsifiner.measure.parity import ParityError
+from sparsifiner.version import __version__
 
 Command = Callable[..., None]
 COMMANDS: dict[str, Command | dict[str, Command]] = {

@@ -7,13 +7,13 @@ from typing import Literal
 
 from sparsifiner.calibration.budgets import Calibration
 from sparsifiner.calibration.budgets import calibrate as calibrate_model
+from sparsifiner.calibration.picture import write_calibration
 from sparsifiner.cli.options import ImageOptions, ModelOptions, SparsityOptions, WeightOptions, build_model
 from sparsifiner.data import make_loader, open_images
 from sparsifiner.device import choose_device
 from sparsifiner.files import check_absent
 from sparsifiner.models.adapter import check_new, save_adapter
 from sparsifiner.patch import about_to_train
-from sparsifiner.viz.calibration import write_calibration
 
 _BAR = 40
 
@@ -70,7 +70,7 @@ def calibrate(
     )
     seconds = time.perf_counter() - start
     save_adapter(built, output)
-    write_calibration(figure, report)
+    write_calibration(figure, report.to_dict())
     if json:
         print(json_format.dumps({**report.to_dict(), "seconds": seconds, "output": str(output)}))
     else:

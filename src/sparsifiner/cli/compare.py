@@ -8,12 +8,12 @@ from typing import Literal
 from sparsifiner.cli.options import DataOptions, ModelOptions, WeightOptions, build_model
 from sparsifiner.compare import Comparison
 from sparsifiner.compare import compare as compare_methods
-from sparsifiner.compare.table import format_comparison, format_row
+from sparsifiner.compare.pareto import write_pareto
+from sparsifiner.compare.table import format_comparison, format_row, picture_rows
 from sparsifiner.measure.records import write_csv
 from sparsifiner.patch import why_not
 from sparsifiner.training import Recipe
 from sparsifiner.training.data import seed_generators
-from sparsifiner.viz.pareto import write_pareto
 
 
 def compare(
@@ -56,6 +56,6 @@ def compare(
         report=lambda row: print(format_row(row), file=sys.stderr, flush=True),
     )
     write_csv(output / "results.csv", [{name: row[name] for name in row if name != "right"} for row in rows])
-    write_pareto(output / "pareto.svg", rows)
+    write_pareto(output / "pareto.svg", picture_rows(rows))
     print(json_format.dumps(rows) if json else format_comparison(rows))
     print(f"rows, table and plot are in {output}", file=sys.stderr)

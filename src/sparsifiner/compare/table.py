@@ -1,4 +1,4 @@
-"""What was compared, as text."""
+"""What was compared, as it is shown."""
 
 from collections.abc import Sequence
 from statistics import mean
@@ -85,6 +85,30 @@ def merge_seeds(rows: Sequence[Row]) -> list[Row]:
             row["low"], row["high"] = bootstrap_interval(difference)
         merged.append(row)
     return merged
+
+
+def picture_rows(rows: Sequence[Row]) -> list[Row]:
+    """One row per setting, as `sparsifiner.compare.pareto.write_pareto` draws it.
+
+    Returns:
+        Its "method", whether it is "ours", "is_bound" and "trained", "top1", how far its interval reaches
+        "below" and "above", its "costs" by what an axis says, None where one was not measured, and those of
+        them on whose "front" it lies.
+    """
+    merged = merge_seeds(rows)
+    fronts = {cost: front_of(merged, cost) for cost in COSTS}
+    drawn = []
+    for index, row in enumerate(merged):
+        told = {name: row[name] for name in ("method", "ours", "is_bound", "trained", "top1")}
+        has_interval = row.get("low") is not None
+        drawn.append({
+            **told,
+            "below": row["difference"] - row["low"] if has_interval else 0.0,
+            "above": row["high"] - row["difference"] if has_interval else 0.0,
+            "costs": {label: cost_of(row, cost) for cost, label in COSTS.items()},
+            "front": [label for cost, label in COSTS.items() if index in fronts[cost]],
+        })  # fmt: skip
+    return drawn
 
 
 def format_row(row: Row) -> str:

@@ -179,6 +179,31 @@ class Connectivity:
         """Which slots name a key, bool [B, H, rows, k]; the others are empty."""
         return (self.indices >= 0) & (self.indices < self.layout.tokens)
 
+    def patches_of(self, query: tuple[int, int], head: int, image: int = 0) -> list[int]:
+        """Patches that a query patch attends to one by one, row-major, in the order of its list.
+
+        Args:
+            query: row and column of the patch.
+            head: attention head.
+            image: place in the batch.
+
+        Raises:
+            ValueError: the query lies outside the grid, or patches were dropped and the others lie in none.
+        """
+        layout, (y, x) = self.layout, query
+        if self.grid is None:
+            raise ValueError(
+                f"the layer saw a {layout}, others were dropped before; ask a layer that saw all"
+            )
+        height, width = self.grid
+        if not (0 <= y < height and 0 <= x < width):
+            raise ValueError(f"query={query} lies outside the grid of {height}x{width} patches")
+        row = (y // self.tile) * layout.square_grid(self.tile)[1] + x // self.tile
+        listed = self.indices[image, head, row]
+        keys = listed[self.is_key()[image, head, row] & (listed >= self.prefix)]
+        patches: list[int] = (keys - self.prefix).tolist()
+        return patches
+
     def density(self) -> float:
         """Share of the N keys that a patch query attends to one by one, averaged over its rows."""
         sizes = self.layout.square_sizes(self.tile, self.indices.device)

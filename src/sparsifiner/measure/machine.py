@@ -7,10 +7,10 @@ from typing import Any
 import timm
 import torch
 
-import sparsifiner
 from sparsifiner.measure.records import version_of
 from sparsifiner.ops import native
 from sparsifiner.ops.backend import runs_triton
+from sparsifiner.version import __version__
 
 
 def describe_machine() -> dict[str, Any]:
@@ -26,7 +26,7 @@ def describe_machine() -> dict[str, Any]:
     """
     return {
         "versions": {
-            "sparsifiner": sparsifiner.__version__,
+            "sparsifiner": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "timm": timm.__version__,

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from sparsifiner.measure.break_even import write_break_even
 from sparsifiner.measure.records import Row, append_rows, read_rows, write_csv
-from sparsifiner.viz.break_even import write_break_even
 
 
 def open_results(folder: Path) -> None:

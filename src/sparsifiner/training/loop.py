@@ -40,6 +40,7 @@ from sparsifiner.training.processes import (
 )
 from sparsifiner.training.progress import Progress, describe_subject
 from sparsifiner.training.recipe import Recipe, Stage, recipe_settings
+from sparsifiner.training.report import write_training_report
 from sparsifiner.training.run import RunFolder
 from sparsifiner.training.stages import (
     Student,
@@ -52,7 +53,6 @@ from sparsifiner.training.stages import (
     why_skipped,
 )
 from sparsifiner.training.validation import Validation
-from sparsifiner.viz.training_report import write_training_report
 
 _logger = logging.getLogger(__name__)
 

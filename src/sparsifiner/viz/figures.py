@@ -2,11 +2,10 @@
 
 import base64
 import io
+from collections.abc import Iterable
 from html import escape
 
 from PIL import Image
-
-from sparsifiner.tracing import LayerTrace
 
 _SIDE = 320  # px on the page
 _QUERY_COLOUR = "#e4572e"
@@ -14,35 +13,33 @@ _KEY_COLOUR = "#2e86de"
 _WINDOW_COLOUR = "#888888"
 
 
-def key_list_svg(image: Image.Image, trace: LayerTrace, query: tuple[int, int], head: int) -> str:
+def key_list_svg(
+    image: Image.Image,
+    keys: Iterable[int],
+    grid: tuple[int, int],
+    query: tuple[int, int],
+    *,
+    tile: int = 1,
+    window: int | None = None,
+) -> str:
     """Draws which keys a query patch attends to, over its image.
 
     The query is outlined in red with its tile, listed keys are blue, the summary windows a grey grid.
 
     Args:
         image: the picture that the model saw, of any size.
-        trace: what one layer did; the first image of its batch is drawn.
+        keys: patches that the query attends to one by one, row-major, as `Connectivity.patches_of` gives
+            them.
+        grid: patches along height and width.
         query: row and column of the patch.
-        head: attention head.
+        tile: side in patches of the tiles that share a list.
+        window: side in patches of the summary windows, None for none.
 
     Returns:
         An SVG element.
-
-    Raises:
-        ValueError: the query lies outside the grid, or patches were dropped before the layer.
     """
-    connectivity = trace.connectivity
-    if connectivity.grid is None:
-        raise ValueError(
-            f"the layer saw a {connectivity.layout}, others were dropped before; draw a layer that saw all"
-        )
-    layout, (height, width), tile = connectivity.layout, connectivity.grid, connectivity.tile
-    y, x = query
-    if not (0 <= y < height and 0 <= x < width):
-        raise ValueError(f"query={query} lies outside the grid of {height}x{width} patches")
-    row = (y // tile) * layout.square_grid(tile)[1] + x // tile
-    listed = [key for key in connectivity.indices[0, head, row].tolist() if key >= connectivity.prefix]
-    cells = [divmod(key - connectivity.prefix, width) for key in listed]
+    (height, width), (y, x) = grid, query
+    cells = [divmod(key, width) for key in keys]
     unit = f"{_SIDE}px"
     parts = [
         f'<svg viewBox="0 0 {width} {height}" width="{unit}" height="{_SIDE * height // width}px" '
@@ -54,13 +51,12 @@ def key_list_svg(image: Image.Image, trace: LayerTrace, query: tuple[int, int], 
         f'<rect x="{left}" y="{top}" width="1" height="1" fill="{_KEY_COLOUR}" fill-opacity=".55"/>'
         for top, left in cells
     ]
-    if trace.summary is not None:
-        side = layout.extent(trace.summary)
+    if window is not None:
         parts += [
-            f'<rect x="{left}" y="{top}" width="{side}" height="{side}" fill="none" '
+            f'<rect x="{left}" y="{top}" width="{window}" height="{window}" fill="none" '
             f'stroke="{_WINDOW_COLOUR}" stroke-width=".04"/>'
-            for top in range(0, height, side)
-            for left in range(0, width, side)
+            for top in range(0, height, window)
+            for left in range(0, width, window)
         ]
     parts.append(_outline(y // tile * tile, x // tile * tile, tile, 0.08))
     parts.append(_outline(y, x, 1, 0.2))

@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from sparsifiner.viz.svg import svg_of, write_svg
+from sparsifiner.svg import svg_of, write_svg
 
 
 def draw():

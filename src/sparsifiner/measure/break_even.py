@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner.viz.svg import write_svg
+from sparsifiner.svg import write_svg
 
 _SIZE = (7.5, 4.5)  # inches
 _LOSS_COLOUR = "#e4572e"

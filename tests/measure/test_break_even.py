@@ -3,7 +3,7 @@
 import itertools
 from xml.etree import ElementTree
 
-from sparsifiner.viz.break_even import _lines, write_break_even
+from sparsifiner.measure.break_even import _lines, write_break_even
 
 ROW = {
     "benchmark": "ops",

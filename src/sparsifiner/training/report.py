@@ -7,7 +7,7 @@ from string import Template
 from typing import Any
 
 from sparsifiner.files import write_aside
-from sparsifiner.viz.svg import svg_of
+from sparsifiner.svg import svg_of
 
 _SIZE = (5.2, 3.0)  # inches
 _TITLES = {
@@ -31,7 +31,7 @@ def write_training_report(file: Path, records: list[dict[str, Any]]) -> None:
         file: where to write; it is replaced.
         records: measurements of a run, as in metrics.jsonl.
     """
-    template = importlib.resources.files("sparsifiner.viz").joinpath("training_report.html").read_text()
+    template = importlib.resources.files("sparsifiner.training").joinpath("report.html").read_text()
     stages = list(dict.fromkeys((record["stage_index"], record["stage"]) for record in records))
     sections = []
     for index, name in stages:

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparsifiner.compare.table import COSTS, cost_of, front_of, merge_seeds
-from sparsifiner.viz.svg import write_svg
+from sparsifiner.svg import write_svg
 
 _OURS_COLOUR = "#2e86de"
 _PANEL = (4.6, 3.8)  # inches
@@ -13,8 +12,10 @@ _COLUMNS = 3
 # costs that span more than this factor are drawn on a logarithmic axis
 _LINEAR_SPAN = 6.0
 
+Row = dict[str, Any]
 
-def write_pareto(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+
+def write_pareto(file: Path, rows: Sequence[Row]) -> None:
     """Draws one panel per cost: a line per method, error bars from the bootstrap, the front as a step.
 
     Ours are blue and bold, each with a mark of its own; untrained points are open and their lines dashed,
@@ -22,39 +23,37 @@ def write_pareto(file: Path, rows: Sequence[dict[str, Any]]) -> None:
 
     Args:
         file: an SVG; it is replaced.
-        rows: of a comparison.
+        rows: one per setting, as `sparsifiner.compare.table.picture_rows` gives them.
     """
     # matplotlib takes a second to import
     from matplotlib import colormaps  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
     from matplotlib.ticker import LogLocator, ScalarFormatter  # noqa: PLC0415
 
-    merged = merge_seeds(rows)
-    costs = [cost for cost in COSTS if any(cost_of(row, cost) is not None for row in merged)]
+    costs = [cost for cost in (rows[0]["costs"] if rows else ()) if _priced(rows, cost)]
     columns = min(_COLUMNS, len(costs) + 1)
     height = -(-(len(costs) + 1) // columns)  # a place for the legend, too
     figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * height), layout="constrained")
     *panels, last = figure.subplots(height, columns, squeeze=False).flat[: len(costs) + 1]
     for axes in figure.axes[len(costs) :]:
         axes.set_axis_off()
-    lines: dict[tuple[str, bool], list[dict[str, Any]]] = {}
-    for row in merged:
+    lines: dict[tuple[str, bool], list[Row]] = {}
+    for row in rows:
         lines.setdefault((row["method"], row["trained"]), []).append(row)
-    peers = sorted({row["method"] for row in merged if not row["ours"]})
-    ours_marks = dict(zip(sorted({row["method"] for row in merged if row["ours"]}), "D^vPX*", strict=False))
+    peers = sorted({row["method"] for row in rows if not row["ours"]})
+    ours_marks = dict(zip(sorted({row["method"] for row in rows if row["ours"]}), "D^vPX*", strict=False))
     colours = [colormaps["tab20"](index) for index in range(2, 20)]  # the first two are blue
     shown = {}  # method -> how it is drawn, trained where it is
     for axes, cost in zip(panels, costs, strict=True):
         for (method, trained), line in lines.items():
-            priced = [(value, row) for row in line if (value := cost_of(row, cost)) is not None]
-            points = sorted(priced, key=lambda point: point[0])
+            points = _priced(line, cost)
             if not points:
                 continue
             ours = line[0]["ours"]
             colour = _OURS_COLOUR if ours else colours[peers.index(method) % len(colours)]
             error = [
-                [row["difference"] - row["low"] if row.get("low") is not None else 0.0 for _, row in points],
-                [row["high"] - row["difference"] if row.get("low") is not None else 0.0 for _, row in points],
+                [row["below"] for _, row in points],
+                [row["above"] for _, row in points],
             ]
             drawn = axes.errorbar(
                 [value for value, _ in points],
@@ -68,23 +67,29 @@ def write_pareto(file: Path, rows: Sequence[dict[str, Any]]) -> None:
             )
             if trained or method not in shown:
                 shown[method] = drawn
-        front = sorted(front_of(merged, cost), key=lambda index: cost_of(merged[index], cost) or 0.0)
+        front = _priced([row for row in rows if cost in row["front"]], cost)
         (steps,) = axes.step(
-            [cost_of(merged[index], cost) for index in front],
-            [merged[index]["top1"] for index in front],
+            [value for value, _ in front],
+            [row["top1"] for _, row in front],
             where="post",
             color="#999999",
             linewidth=5,
             alpha=0.35,
         )
         shown["front"] = steps
-        axes.set_xlabel(COSTS[cost])
+        axes.set_xlabel(cost)
         axes.set_ylabel("top-1, %")
         axes.grid(alpha=0.3)
-        prices = [value for row in merged if (value := cost_of(row, cost)) is not None]
+        prices = [value for value, _ in _priced(rows, cost)]
         if max(prices) > _LINEAR_SPAN * min(prices) > 0:
             axes.set_xscale("log", subs=[])
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(ScalarFormatter())
     last.legend(shown.values(), shown.keys(), loc="center", ncols=2, title="open marks: not trained")
     write_svg(file, figure)
+
+
+def _priced(rows: Sequence[Row], cost: str) -> list[tuple[float, Row]]:
+    """Rows with their cost, the cheapest first, without those that have none."""
+    priced = [(row["costs"][cost], row) for row in rows if row["costs"][cost] is not None]
+    return sorted(priced, key=lambda point: point[0])
