@@ -23,7 +23,7 @@ FLOORS = (
     ("standin", "attention"),
     ("blocks", "hosts"),
     ("patch", "models"),
-    ("tracing", "macs"),
+    ("tracing", "macs", "published"),
     ("calibration", "training", "data", "measure", "compare", "viz", "demo"),
     ("cli", "__main__"),
     ("",),  # the package itself, which loads names on first use

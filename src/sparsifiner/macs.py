@@ -1,4 +1,4 @@
-"""Multiply-accumulates of a model per image: counted exactly, and by the paper's accounting.
+"""Multiply-accumulates of a model per image, counted exactly.
 
 A MAC is one multiplication and addition of a matrix product. Softmax, means, comparisons and
 selection are no matrix products and count as none, as in the paper and in torch's flop counter.
@@ -7,7 +7,6 @@ does not divide comes on top.
 """
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +22,8 @@ from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.hosts import Host, host_of, reasons_against
 from sparsifiner.models.linformer import LinformerAttention
 from sparsifiner.plan import Call, plan
-from sparsifiner.tokens import Counts, TokenMethod
-
-# The published tables' predictor MACs of the whole model, by (layers, heads, width), at 197 tokens.
-# Source: fitted to tables 1 to 3 of the paper; the released defaults count to 87.1 M for DeiT-S.
-_PAPER_PREDICTOR_MACS = {
-    (12, 6, 384): 73.46e6,  # DeiT-S
-    (16, 6, 384): 98.87e6,  # LV-ViT-S
-    (20, 8, 512): 164.27e6,  # LV-ViT-M
-}
-_PAPER_TOKENS = 197
+from sparsifiner.published import paper_mhsa_of
+from sparsifiner.tokens import Counts
 
 
 @dataclass(frozen=True)
@@ -125,82 +116,7 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224
     left = counts[-1].mlp
     other = _count_stem_and_head(host, input_size, left) + blocks
     dense_other = _count_stem_and_head(host, input_size, layout.tokens) + dense_blocks
-    return MacReport(layout.tokens, layers, dense_other, other, _paper_mhsa_of(attentions, counts, method))
-
-
-def paper_mhsa(layers: int, heads: int, width: int, keep: tuple[int, int] | None) -> float | None:
-    """QKᵀ, AV and predictor as the paper's tables count them, at 197 tokens.
-
-    `L · 2 · width · ((N - 1) · k + N) + predictor` with `k = ceil(keep · N)`; dense
-    `L · 2 · width · N²`.
-
-    Args:
-        layers: L.
-        heads: number of heads.
-        width: heads times head dim.
-        keep: share of keys as an integer ratio, None for the dense model.
-
-    Returns:
-        MACs, or None for models that the tables do not have.
-    """
-    predictor = _PAPER_PREDICTOR_MACS.get((layers, heads, width))
-    if predictor is None:
-        return None
-    N = _PAPER_TOKENS
-    if keep is None:
-        return float(layers * 2 * width * N * N)
-    keys = -(-keep[0] * N // keep[1])
-    return layers * 2 * width * ((N - 1) * keys + N) + predictor
-
-
-def paper_mhsa_with_tokens(
-    heads: int, width: int, tokens: Sequence[int], keep: tuple[int, int] | None
-) -> float | None:
-    """The same where tokens are dropped, for a model whose layers see 197 tokens at first.
-
-    `Σ 2 · width · ((n - 1) · min(n, k) + n) + predictor · n / 197` with `k = ceil(keep · 196)`; dense
-    `Σ 2 · width · n²`. It gives the published rows 193.1, 113.3 and 149.1 M of DeiT-S; 86.6, 256.0 and
-    198.8 M follow from no count that we know.
-
-    Args:
-        heads: number of heads.
-        width: heads times head dim.
-        tokens: n, of each layer's attention.
-        keep: share of keys as an integer ratio, None for dense attention.
-    """
-    predictor = _PAPER_PREDICTOR_MACS.get((len(tokens), heads, width))
-    if predictor is None:
-        return None
-    if keep is None:
-        return float(sum(2 * width * n * n for n in tokens))
-    keys = -(-keep[0] * (_PAPER_TOKENS - 1) // keep[1])
-    each = predictor / len(tokens) / _PAPER_TOKENS
-    return sum(2 * width * ((n - 1) * min(n, keys) + n) + each * n for n in tokens)
-
-
-def _paper_mhsa_of(
-    attentions: list[Any], counts: Sequence[Counts], method: TokenMethod | None
-) -> float | None:
-    first = attentions[0]
-    shape = (first.num_heads, first.num_heads * first.head_dim)
-    tokens = [count.attention for count in counts]
-    if tokens[0] != _PAPER_TOKENS or isinstance(first, LinformerAttention):
-        return None
-    keep = None
-    if isinstance(first, SparseAttention):
-        keeps = {attention.keep for attention in attentions}
-        if keeps != {(1, 1)}:
-            config = first.config
-            if (config.scorer, config.tile, config.summary, config.share) != ("lowrank", 1, None, 1):
-                return None
-            if tokens[0] < config.min_tokens or len(keeps) > 1:
-                return None
-            keep = keeps.pop()
-        elif method is None and first.config.scorer == "lowrank":  # the tables count the predictor here too
-            keep = (1, 1)
-    if method is not None:
-        return paper_mhsa_with_tokens(*shape, tokens, keep)
-    return paper_mhsa(len(attentions), *shape, keep=keep)
+    return MacReport(layout.tokens, layers, dense_other, other, paper_mhsa_of(host, counts, method))
 
 
 def _count_layer(host: Host, block: Any, layout: TokenLayout, count: Counts) -> LayerMacs:
