@@ -6,9 +6,6 @@
 namespace sparsifiner::SPARSIFINER_ISA {
 namespace {
 
-// Heads of this many bytes of keys and values are worked on at once.
-constexpr int64_t GROUP_BYTES = 8 << 20;
-
 template <class Element, class Stored>
 void pack_row(const Place<Stored>& at, int64_t token) {
     const int64_t size = at.a.head_dim, to = token * size;
@@ -35,7 +32,7 @@ void average(
 template <class Element, class Stored>
 void attend_as(int threads, const SparsifinerAttention& a) {
     const int64_t pairs = a.batch * a.heads, rows = a.tokens + a.windows;
-    const int64_t group = smaller(pairs, 1 + GROUP_BYTES / (8 * rows * a.head_dim));
+    const int64_t group = smaller(pairs, 1 + tuned::ATTEND_BYTES / (8 * rows * a.head_dim));
     const Buffer<Stored> packed_keys(group * rows * a.head_dim), packed_values(group * rows * a.head_dim);
     const Buffer<int32_t> every(a.tokens), sizes(a.windows);
     for (int64_t token = 0; token < a.tokens; ++token) every[token] = static_cast<int32_t>(token);

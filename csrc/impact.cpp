@@ -3,6 +3,7 @@
 #include "kernels.h"
 #include "memory.h"
 #include "select.h"
+#include "tuned.h"
 
 namespace sparsifiner::SPARSIFINER_ISA {
 namespace {
@@ -11,8 +12,6 @@ namespace {
 constexpr int QUERIES = 4;
 constexpr int VECTORS = LANES == 16 ? 4 : 2;
 constexpr int KEYS = VECTORS * LANES;
-// Bytes of packed keys of the heads that are worked on at a time.
-constexpr int64_t GROUP_BYTES = 8 << 20;
 
 // What the scores of one head are made of.
 struct Head {
@@ -154,7 +153,7 @@ template <class Element>
 void select_impact_as(int threads, const SparsifinerLists& lists, const SparsifinerImpact& a) {
     const int64_t pairs = a.batch * a.heads, tiles = lists.rows;
     const int64_t blocks = round_up(a.tokens - lists.forced, KEYS) / KEYS, keys_size = blocks * a.head_dim * KEYS;
-    const int64_t group = smaller(pairs, 1 + GROUP_BYTES / (4 * keys_size + 1));
+    const int64_t group = smaller(pairs, 1 + tuned::IMPACT_BYTES / (4 * keys_size + 1));
     const int64_t deviations_size = lists.forced + blocks * KEYS, queries_size = a.squares * a.head_dim;
     const Buffer<float> keys(group * keys_size), deviations(group * deviations_size);
     const Buffer<float> queries(group * queries_size), masses(group * a.squares);

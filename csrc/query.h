@@ -3,11 +3,11 @@
 
 #include "attention.h"
 #include "pairs.h"
+#include "tuned.h"
 
 namespace sparsifiner::SPARSIFINER_ISA {
 
-// Queries that are worked on together: their lists have keys in common, which the nearest cache then holds.
-constexpr int QUERY_BLOCK = 16;
+using tuned::QUERY_BLOCK;
 
 template <class Stored>
 struct QueryScratch {

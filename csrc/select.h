@@ -3,12 +3,12 @@
 
 #include "memory.h"
 #include "sparsifiner.h"
+#include "tuned.h"
 #include "vector.h"
 
 namespace sparsifiner::SPARSIFINER_ISA {
 
-// Rows of a parallel loop that a thread takes at a time.
-constexpr int ROWS_AT_ONCE = 32;
+using tuned::ROWS_AT_ONCE;
 
 // Sums over some of a row's scores, from which its threshold is guessed.
 struct Moments {

@@ -2,11 +2,11 @@
 #pragma once
 
 #include "attention.h"
+#include "tuned.h"
 
 namespace sparsifiner::SPARSIFINER_ISA {
 
-// Queries that one task attends for; larger tiles are divided.
-constexpr int64_t TILE_QUERIES = 64;
+using tuned::TILE_QUERIES;
 // Sums that the registers hold beside their factors.
 constexpr int SUMS = LANES == 16 ? 24 : 12;
 constexpr int QUERY_VECTORS = LANES == 16 ? 4 : 2;

@@ -14,7 +14,7 @@ SOURCE = pathlib.Path(__file__).parents[1] / "src" / "sparsifiner"
 
 # floors from the bottom; a module belongs to the longest name that it begins with
 FLOORS = (
-    ("files", "lazy", "device", "svg", "version"),
+    ("files", "lazy", "device", "svg", "tuned", "version"),
     ("geometry",),
     ("ops",),
     ("scorers", "tokens"),

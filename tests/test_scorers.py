@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import sparsifiner
-from sparsifiner import scorers
+from sparsifiner import tuned
 from sparsifiner.config import SparsifyConfig, make_config
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.curve import CurveLayout
@@ -50,7 +50,7 @@ def test_lists_are_the_selection_of_the_scores_in_any_chunks(name, grid, tile, p
     own = layout.square_tokens(tile, q.device)
     expected = select_topk(scores, spec.budget, forced=spec.forced, own=own, backend="reference")
     assert torch.equal(scorer(q, k, v, spec).indices, expected)
-    monkeypatch.setitem(scorers.base._CHUNK_ELEMENTS, "cpu", 1)
+    monkeypatch.setitem(tuned.SCORE_CHUNK, "cpu", 1)
     connectivity = scorer(q, k, v, spec)
     assert torch.equal(connectivity.indices, expected)
     assert (connectivity.grid, connectivity.tile, connectivity.prefix) == (grid, tile, prefix)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sparsifiner import tuned
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import sparse_attention
@@ -60,7 +61,7 @@ def test_many_chunks_equal_one(monkeypatch):
     q, k, v = make_qkv(layout)
     connectivity = make_connectivity(layout, 0.1, 4, 2)
     whole = sparse_attention(q, k, v, connectivity, 2, backend="torch")
-    monkeypatch.setitem(torch_backend._CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(tuned.GATHERED_BYTES, "cpu", 1)
     assert (sparse_attention(q, k, v, connectivity, 2, backend="torch") - whole).abs().max() < 1e-6
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sparsifiner import tuned
 from sparsifiner.geometry.connectivity import Connectivity, ScoredLists
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import sparse_attention
@@ -22,7 +23,6 @@ if not HAS_TRITON:
 import triton
 import triton.language as tl
 
-from sparsifiner.ops.sparse_attention import triton_backend
 from sparsifiner.ops.sparse_attention.triton_forward import summary_counts
 
 GPU = torch.cuda.is_available()
@@ -157,7 +157,7 @@ def test_more_prefix_tokens_than_queries_in_a_program():
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("tile", [1, 4])
 def test_prefix_in_several_splits(tile, deterministic, monkeypatch):
-    monkeypatch.setattr(triton_backend, "_SPLIT_KEYS", 16)
+    monkeypatch.setattr(tuned, "PREFIX_KEYS", 16)
     torch.use_deterministic_algorithms(deterministic)
     try:
         for prefix in (1, 20):

@@ -360,7 +360,7 @@ def test_few_scores_that_are_sorted_give_what_is_selected(n, monkeypatch):
         for count in {1, max(1, n // 2), n}:
             expected = best_of(scores, count, "reference")
             with monkeypatch.context() as patched:
-                patched.setattr("sparsifiner.tokens.state._SORTED_SCORES", 0)
+                patched.setattr("sparsifiner.tuned.SORTED_SCORES", 0)
                 for backend in ("reference", "torch", "auto"):
                     assert torch.equal(best_of(scores, count, backend), expected)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AUTO_SUMMARY_WINDOWS = 48
+from sparsifiner import tuned
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Layout(ABC):
         """Extent of the windows that `auto_summary` chooses."""
         extent = 2
         rows, columns = self._cut(extent + 1)
-        while rows * columns >= AUTO_SUMMARY_WINDOWS:
+        while rows * columns >= tuned.AUTO_SUMMARY_WINDOWS:
             extent += 1
             rows, columns = self._cut(extent + 1)
         return extent

@@ -8,20 +8,11 @@ from importlib.util import find_spec
 
 import torch
 
+from sparsifiner import tuned
 from sparsifiner.ops import native
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
 HAS_TRITON = find_spec("triton") is not None
-
-# Kernels that were faster than operations of torch at every size of `python benchmarks/speed.py gpu` and
-# `python benchmarks/speed.py cpu` (docs/performance.md): "auto" takes these.
-_FASTER = {
-    "cuda": (
-        "triton",
-        frozenset({"select_topk", "select_lowrank", "select_impact", "select_pooled", "sparse_attention"}),
-    ),
-    "cpu": ("cpu", frozenset({"select_topk", "select_lowrank", "select_impact", "sparse_attention"})),
-}
 
 _logger = logging.getLogger(__name__)
 
@@ -64,7 +55,7 @@ def resolve_backend(
 
 def _best_backend(op: str, device: torch.device, reasons: Mapping[str, str]) -> tuple[str, str]:
     """What "auto" takes for an operation, and why it is not the kernel that would be faster."""
-    fastest, operations = _FASTER.get(device.type, ("torch", frozenset()))
+    fastest, operations = tuned.FASTER.get(device.type, ("torch", frozenset()))
     runs = {"triton": HAS_TRITON, "cpu": runs_native(device)}.get(fastest, False)
     if not runs or op not in operations:
         return "torch", ""

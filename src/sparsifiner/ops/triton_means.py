@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsifiner import tuned
 from sparsifiner.geometry.grid import TokenLayout
 
 
@@ -38,7 +39,7 @@ def square_means(
         *(B * H, H, *layout.grid, layout.prefix, d),
         SIDE=side,
         ROWS=rows,
-        BLOCK_S=min(max(1, 4096 // block_d), triton.next_power_of_2(rows * side)),
+        BLOCK_S=min(max(1, tuned.MEAN_ELEMENTS // block_d), triton.next_power_of_2(rows * side)),
         BLOCK_D=block_d,
         num_warps=1 if x.element_size() == 2 else 2,
     )
@@ -73,7 +74,7 @@ def window_statistics(k: Tensor, v: Tensor, layout: TokenLayout, side: int) -> t
             SIDE=side,
             ROWS=rows,
             HEAD_DIM=d,
-            BLOCK_S=min(max(16, 4096 // block_d), max(16, triton.next_power_of_2(rows * side))),
+            BLOCK_S=max(16, min(tuned.MEAN_ELEMENTS // block_d, triton.next_power_of_2(rows * side))),
             BLOCK_D=block_d,
             num_warps=2 if k.element_size() == 2 else 4,
         )

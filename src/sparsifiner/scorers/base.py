@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sparsifiner import tuned
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.geometry.connectivity import Connectivity, ScoredLists
 from sparsifiner.geometry.grid import TokenLayout
@@ -17,9 +18,6 @@ from sparsifiner.ops.precision import without_autocast
 
 # scores(start, stop) gives the scores of those rows: [B or 1, H, stop - start, N]
 RowScores = Callable[[int, int], Tensor]
-
-# Scores that exist at once: small enough for a CPU's cache, large enough to fill a GPU.
-_CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 
 
 @dataclass(frozen=True)
@@ -162,7 +160,7 @@ class Scorer(nn.Module):
             spec: the lists wanted.
         """
         B, H = q.shape[:2]
-        chunk_elements = _CHUNK_ELEMENTS.get(q.device.type, _CHUNK_ELEMENTS["cuda"])
+        chunk_elements = tuned.SCORE_CHUNK.get(q.device.type, tuned.SCORE_CHUNK["cuda"])
         # compiled and exported code is for any batch: it must not depend on B how often a loop is run
         images = 1 if torch.compiler.is_compiling() else B
         chunk = max(1, chunk_elements // max(1, images * H * self.elements_per_row(spec)))

@@ -3,17 +3,16 @@
 import torch
 from torch import Tensor
 
+from sparsifiner import tuned
 from sparsifiner.ops.precision import accumulation_dtype
 
 # Head dims that every kernel takes.
 _STEP = 16
-# Up to here a GPU's attention with a bias is faster than with wider heads.
-_BIASED_TOKENS = 1_000
 
 
 def prefers_bias(q: Tensor) -> bool:
     """Whether dense attention of q [B, H, N, d] had better take sizes as a bias than as more channels."""
-    return not q.is_cuda or q.shape[2] <= _BIASED_TOKENS
+    return not q.is_cuda or q.shape[2] <= tuned.BIASED_TOKENS
 
 
 def log_sizes(sizes: Tensor, dtype: torch.dtype) -> Tensor:

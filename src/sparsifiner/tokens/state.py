@@ -5,13 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sparsifiner import tuned
 from sparsifiner.geometry.curve import CurveLayout, places_on_curve
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.geometry.layout import Layout
 from sparsifiner.ops import select_topk
-
-# On a CPU so few are sorted before a kernel is called.
-_SORTED_SCORES = 512
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def best_of(scores: Tensor, count: int, backend: str, exists: Tensor | None = No
     scores = scores.detach().float().nan_to_num(nan=lowest, neginf=lowest)
     if exists is not None:
         scores = scores.masked_fill(~exists, -torch.inf)
-    if not scores.is_cuda and scores.shape[1] <= _SORTED_SCORES:
+    if not scores.is_cuda and scores.shape[1] <= tuned.SORTED_SCORES:
         return scores.argsort(dim=1, descending=True, stable=True)[:, :count].sort(dim=1).values
     return select_topk(scores[:, None, None], count, backend=backend)[:, 0, 0].long()
 

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsifiner import tuned
 from sparsifiner.geometry.grid import TokenLayout
 
 # Scores that a program holds in registers; rows of more keys are read anew at every step.
@@ -17,8 +18,6 @@ LARGEST_BLOCK = 16_384
 _ALIGNMENT = 16
 # Bits of a word.
 _WORD = 32
-# Short rows share a program, so that their reductions overlap.
-_SHARED_BLOCK = 1_024
 # Standard deviations around the first guess of a threshold that are looked at.
 _MARGIN = tl.constexpr(0.05)
 # Low bits of an fp32 number that its conversion from a shorter format leaves empty.
@@ -120,7 +119,7 @@ def normal_quantile(N: int, budget: int) -> float:
 def program_shape(N: int, budget: int, own: OwnTokens) -> dict[str, int]:
     """Sizes of one program: its rows, a row's keys and list, and its warps."""
     block = max(_WORD, triton.next_power_of_2(N))
-    rows = max(1, _SHARED_BLOCK // block)
+    rows = max(1, tuned.SHARED_SCORES // block)
     return {
         "OWN_SIDE": own.side,
         "ROWS": rows,

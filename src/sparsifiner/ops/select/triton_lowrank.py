@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsifiner import tuned
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops.select.triton_backend import (
     LARGEST_BLOCK,
@@ -18,11 +19,6 @@ from sparsifiner.ops.select.triton_backend import (
     write_lists,
 )
 from sparsifiner.ops.triton_means import square_means
-
-# Keys that one program sums up for k_down; a head of more is divided.
-_SUMMED_KEYS = 512
-# Rows of one program of coefficients.
-_COEFFICIENT_ROWS = 64
 
 
 class LowRankWeights(NamedTuple):
@@ -121,7 +117,7 @@ def lowrank_coefficients(
     c, K = weights.query_weight.shape[0], weights.down.shape[1]
     rows, prefix = layout.squares(tile), layout.prefix
     # W_downᵀ k, by parts of a head; the projection of keys commutes with it
-    parts = triton.cdiv(N, _SUMMED_KEYS)
+    parts = triton.cdiv(N, tuned.SUMMED_KEYS)
     blocks = {
         "HEAD_DIM": d,
         "BLOCK_D": max(16, triton.next_power_of_2(d)),
@@ -132,17 +128,17 @@ def lowrank_coefficients(
     # 16-bit keys are whole in TF32: three products with parts of fp32 weights are as good as fp32 ones
     precision = "ieee" if k.dtype == torch.float32 else "tf32x3"
     sum_keys_kernel[(parts, B * H)](
-        *(k, weights.down.contiguous(), sums, shares, *k.stride()[:3], H, N, K, _SUMMED_KEYS),
+        *(k, weights.down.contiguous(), sums, shares, *k.stride()[:3], H, N, K, tuned.SUMMED_KEYS),
         BLOCK_N=32,
         PRECISION=precision,
         **blocks,
     )
     query = q[:, :, prefix:] if tile == 1 else square_means(q, layout, tile, dtype=torch.float32)[0]
     coefficients = torch.empty(B, H, rows, K, dtype=torch.float32, device=q.device)
-    coefficients_kernel[(triton.cdiv(rows, _COEFFICIENT_ROWS), B * H)](
+    coefficients_kernel[(triton.cdiv(rows, tuned.COEFFICIENT_ROWS), B * H)](
         *(query, sums, shares, *(weight.contiguous() for weight in weights[:4]), coefficients),
         *(*query.stride()[:3], H, rows, K, c, parts, temperature),
-        BLOCK_R=_COEFFICIENT_ROWS,
+        BLOCK_R=tuned.COEFFICIENT_ROWS,
         BLOCK_C=max(16, triton.next_power_of_2(c)),
         num_warps=8,
         **blocks,

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsifiner import tuned
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops.select.triton_backend import OwnTokens, launch_select, padded_length
 from sparsifiner.ops.triton_means import square_means, window_statistics
 
-# Bytes of scores that exist at once: these, or about those of q, which the output needs later anyway.
-_SCRATCH_BYTES = 6 * 2**20
+# As many scores exist at once as `tuned.SCORE_BYTES` hold, or about those of q, which the output needs later.
 _SCRATCH_SHARE = 9 / 8
 # Windows, or prefix keys, that one step of a program takes.
 _BLOCK_W = 32
@@ -152,8 +152,7 @@ def _select(
     part = triton.cdiv(rows, triton.cdiv(rows, chunk))
     own = OwnTokens(layout=layout, side=tile)
     scratch = torch.empty(heads * part, stride, dtype=dtype, device=k.device)
-    # products of fp32 take registers instead of matrix units
-    largest = (32, 64) if dtype == torch.float32 else (64, 128)
+    largest = tuned.TILE_SCORES_FP32 if dtype == torch.float32 else tuned.TILE_SCORES
     block_t, block_n = max(16, min(largest[0], triton.next_power_of_2(part))), largest[1]
     deviation = None if queries.log_deviation is None else queries.log_deviation[:, :, forced:]
     for pair in range(0, pairs, heads):
@@ -181,7 +180,7 @@ def _select(
 
 def scratch_rows(query_bytes: int, row_bytes: int) -> int:
     """Rows of scores that exist at once."""
-    return int(max(_SCRATCH_SHARE * query_bytes, _SCRATCH_BYTES)) // row_bytes
+    return int(max(_SCRATCH_SHARE * query_bytes, tuned.SCORE_BYTES)) // row_bytes
 
 
 @triton.jit

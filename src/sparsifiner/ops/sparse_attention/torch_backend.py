@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from sparsifiner import tuned
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.layout import Side
 from sparsifiner.ops.dense import dense_attention
@@ -11,12 +12,8 @@ from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.ops.sparse_attention import masked
 from sparsifiner.ops.sparse_attention.summaries import unselected_per_window, window_means
 
-# Gathered keys of one chunk of rows: small enough for a CPU's cache, large enough to fill a GPU.
-_CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 # Rows take the place of heads in fused attention, and CUDA kernels launch no more than these.
 _CHUNK_ROWS = 65_535
-# A mask moves less memory on a GPU than gathering every query's own keys, but takes N * N of it.
-_MASKED_TOKENS = 1_100
 
 
 def sparse_attention(
@@ -50,7 +47,8 @@ def sparse_attention(
     layout, tile, prefix = connectivity.layout, connectivity.tile, connectivity.prefix
     if not torch.compiler.is_compiling() and not q.numel():  # of no image torch's fused kernels make None
         return q * k * v
-    is_short = tile == 1 and layout.tokens <= _MASKED_TOKENS
+    # a mask moves less memory on a GPU than gathering every query's own keys, but takes N * N of it
+    is_short = tile == 1 and layout.tokens <= tuned.MASKED_TOKENS
     if q.is_cuda and fused and is_short and connectivity.ascends():
         return masked.sparse_attention(q, k, v, connectivity, summary, scale)
     B, H, N, d = q.shape
@@ -78,7 +76,7 @@ def sparse_attention(
         # recomputing takes hooks of saved tensors, which transforms do not have
         attend = _attend if _transforms() else _attend_recomputing
     row_bytes = keys_per_row * d * key.element_size()
-    chunk_bytes = _CHUNK_BYTES.get(q.device.type, _CHUNK_BYTES["cuda"])
+    chunk_bytes = tuned.GATHERED_BYTES.get(q.device.type, tuned.GATHERED_BYTES["cuda"])
     rows_per_chunk = min(_CHUNK_ROWS, max(1, chunk_bytes // row_bytes))
     # compiled and exported code is for any batch: its chunks grow with B, their number does not; a GPU could
     # not launch such chunks

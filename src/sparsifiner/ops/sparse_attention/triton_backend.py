@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sparsifiner import tuned
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops.sparse_attention.triton_backward import (
     add_entries_kernel,
@@ -21,9 +22,6 @@ from sparsifiner.ops.sparse_attention.triton_packing import PACKED_SIDE, PackedL
 from sparsifiner.ops.triton_means import square_means
 
 _LOG2_E = 1.4426950408889634
-_LARGEST_BLOCK_M = 64
-# Keys of one program of the prefix, which attends to every token: about as many as a tile's list has.
-_SPLIT_KEYS = 512
 
 
 @dataclass(frozen=True)
@@ -82,9 +80,9 @@ class Problem:
 
     def block_m(self, q: Tensor) -> int:
         """Queries of one program; larger tiles are divided."""
-        largest = _LARGEST_BLOCK_M
+        largest = tuned.ATTEND_QUERIES
         if q.dtype == torch.float32:  # whose products take registers instead of matrix units
-            largest = 32 if q.shape[-1] <= 64 else 16
+            largest = tuned.ATTEND_QUERIES_FP32[q.shape[-1] > 64]
         return max(16, min(largest, triton.next_power_of_2(self.queries)))
 
     def parts(self, q: Tensor) -> int:
@@ -98,7 +96,7 @@ class Problem:
     @property
     def splits(self) -> int:
         """Parts of all tokens, to which the prefix attends."""
-        return triton.cdiv(self.layout.tokens, _SPLIT_KEYS)
+        return triton.cdiv(self.layout.tokens, tuned.PREFIX_KEYS)
 
     def grid(self, q: Tensor) -> tuple[int, int]:
         """Programs: those of the prefix and of all tiles, for each batch element and head."""
@@ -292,13 +290,13 @@ def _block_d(q: Tensor) -> int:
 
 
 def _block_n(q: Tensor) -> int:
-    return 32 if q.dtype == torch.float32 else 64
+    return tuned.ATTEND_KEYS_FP32 if q.dtype == torch.float32 else tuned.ATTEND_KEYS
 
 
 def _forward_options(q: Tensor, problem: Problem) -> dict[str, int]:
     """Registers that let a fourth program of 64 queries and head dim 64 onto a multiprocessor."""
     is_small = problem.block_m(q) * _block_d(q) <= 64 * 64 and q.dtype != torch.float32
-    return {"maxnreg": 128} if is_small and not problem.packed else {}
+    return {"maxnreg": tuned.ATTEND_REGISTERS} if is_small and not problem.packed else {}
 
 
 def _blocks(q: Tensor, problem: Problem) -> dict[str, int]:
@@ -308,7 +306,7 @@ def _blocks(q: Tensor, problem: Problem) -> dict[str, int]:
         "TILE": problem.side,
         "PARTS": problem.parts(q),
         "BLOCK_M": problem.block_m(q),
-        "SPLIT_KEYS": _SPLIT_KEYS,
+        "SPLIT_KEYS": tuned.PREFIX_KEYS,
         "BLOCK_N": _block_n(q),
         "BLOCK_W": max(16, min(_block_n(q), triton.next_power_of_2(max(1, problem.windows)))),
         "BLOCK_D": _block_d(q),
