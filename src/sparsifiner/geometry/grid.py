@@ -24,7 +24,7 @@ class TokenLayout(Layout):
 
     def extent(self, side: Side) -> int:
         """See `Layout.extent`: the side."""
-        if isinstance(side, Run):
+        if type(side) is not int and isinstance(side, Run):
             raise TypeError(f"a grid is cut into squares, got {side}; give their side in patches")
         return side
 

@@ -84,7 +84,8 @@ class Layout(ABC):
     @property
     def patches(self) -> int:
         """Number of patch tokens."""
-        return self.raster[0] * self.raster[1]
+        rows, columns = self.raster
+        return rows * columns
 
     @property
     def tokens(self) -> int:
@@ -97,8 +98,8 @@ class Layout(ABC):
 
     def square_shape(self, side: Side) -> tuple[int, int]:
         """Rows and columns of a whole square: no more than the raster has."""
-        extent = self.extent(side)
-        return min(extent, self.raster[0]), min(extent, self.raster[1])
+        extent, (rows, columns) = self.extent(side), self.raster
+        return min(extent, rows), min(extent, columns)
 
     def square_patches(self, side: Side) -> int:
         """Patches of a whole square."""
@@ -107,7 +108,7 @@ class Layout(ABC):
 
     def squares(self, side: Side) -> int:
         """Number of squares."""
-        rows, columns = self.square_grid(side)
+        rows, columns = self._cut(self.extent(side))
         return rows * columns
 
     def positions(self, device: torch.device) -> Tensor:
@@ -122,15 +123,15 @@ class Layout(ABC):
             token: token indices of any shape, integer dtype.
             side: side of a square in patches.
         """
-        patch = token - self.prefix
-        columns, extent = self.square_grid(side)[1], self.extent(side)
-        square = (patch // self.raster[1] // extent) * columns + patch % self.raster[1] // extent
-        return torch.where(patch >= 0, square, self.squares(side))
+        patch, extent, width = token - self.prefix, self.extent(side), self.raster[1]
+        rows, columns = self._cut(extent)
+        square = (patch // width // extent) * columns + patch % width // extent
+        return torch.where(patch >= 0, square, rows * columns)
 
     def square_sizes(self, side: Side, device: torch.device) -> Tensor:
         """Number of patches in each square, int64 [squares]; squares at the edges have fewer."""
         edges, extent = [], self.extent(side)
-        for length, count in zip(self.raster, self.square_grid(side), strict=True):
+        for length, count in zip(self.raster, self._cut(extent), strict=True):
             start = torch.arange(count, device=device) * extent
             # where, not clamp: Inductor of torch 2.11 takes clamp for index arithmetic that it cannot compare
             edges.append(torch.where(start + extent > length, length - start, extent))
@@ -147,12 +148,13 @@ class Layout(ABC):
             [B, H, squares, m, d] with m the patches of a whole square.
         """
         B, H, _, d = patches.shape
-        if self.extent(side) == 1:
+        extent, (length, breadth) = self.extent(side), self.raster
+        if extent == 1:
             return patches.unsqueeze(3)
-        rows, columns = self.square_grid(side)
-        height, width = self.square_shape(side)
-        padded = patches.reshape(B, H, *self.raster, d)
-        pad_h, pad_w = rows * height - self.raster[0], columns * width - self.raster[1]
+        rows, columns = self._cut(extent)
+        height, width = min(extent, length), min(extent, breadth)
+        padded = patches.reshape(B, H, length, breadth, d)
+        pad_h, pad_w = rows * height - length, columns * width - breadth
         if pad_h or pad_w:
             padded = F.pad(padded, (0, 0, 0, pad_w, 0, pad_h))
         split = padded.reshape(B, H, rows, height, columns, width, d).transpose(3, 4)
@@ -161,13 +163,14 @@ class Layout(ABC):
     def merge_squares(self, squares: Tensor, side: Side) -> Tensor:
         """Inverse of `split_squares`: [B, H, squares, m, d] to raster [B, H, patches, d]."""
         B, H, _, _, d = squares.shape
-        if self.extent(side) == 1:
+        extent, (length, breadth) = self.extent(side), self.raster
+        if extent == 1:
             return squares.squeeze(3)
-        rows, columns = self.square_grid(side)
-        height, width = self.square_shape(side)
+        rows, columns = self._cut(extent)
+        height, width = min(extent, length), min(extent, breadth)
         merged = squares.reshape(B, H, rows, columns, height, width, d).transpose(3, 4)
         merged = merged.reshape(B, H, rows * height, columns * width, d)
-        return merged[:, :, : self.raster[0], : self.raster[1]].reshape(B, H, self.patches, d)
+        return merged[:, :, :length, :breadth].reshape(B, H, length * breadth, d)
 
     def square_means(self, patches: Tensor, side: Side) -> Tensor:
         """Mean of each square over the patches that are there: [B, H, patches, d] to [B, H, squares, d]."""
@@ -203,7 +206,8 @@ class Layout(ABC):
         return torch.where(ascending < self.tokens, ascending, -1)
 
     def _cut(self, extent: int) -> tuple[int, int]:
-        return -(-self.raster[0] // extent), -(-self.raster[1] // extent)
+        rows, columns = self.raster
+        return -(-rows // extent), -(-columns // extent)
 
     def _auto_extent(self) -> int:
         """Extent of the windows that `auto_summary` chooses."""

@@ -94,12 +94,13 @@ def _attend(
     *,
     fused: bool,
 ) -> Tensor:
-    _check(q, k, v, connectivity, summary)
+    layout = connectivity.layout
+    _check(q, k, v, connectivity, layout, summary)
     if not connectivity.indices.shape[-1]:  # no backend has to know lists without a slot
         empty = F.pad(connectivity.indices, (0, 1), value=-1)
         connectivity = replace(connectivity, indices=empty, check=False, selected=True)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = resolve_backend(backend, "sparse_attention", q.device, _why_not(q, connectivity, summary))
+    chosen = resolve_backend(backend, "sparse_attention", q.device, _why_not(q, layout, summary))
     if (chosen == "cpu" or (backend == "auto" and not fused)) and _wants_gradients(q, k, v):
         if chosen == "cpu" and not torch.compiler.is_compiling():  # compiled code cannot log
             _say_torch_has_the_gradients()
@@ -114,7 +115,7 @@ def _attend(
             q, scale = q * 0, 1.0
         if chosen == "torch":
             return torch_backend.sparse_attention(q, k, v, connectivity, summary, scale, fused)
-        geometry = connectivity.layout.for_kernels(connectivity.tile, summary)
+        geometry = layout.for_kernels(connectivity.tile, summary)
         if chosen == "cpu":
             native: Tensor = operators.attend_cpu(q, k, v, connectivity.indices, *geometry, scale)
             return native
@@ -125,7 +126,9 @@ def _attend(
         return out
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, summary: Side | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, layout: Layout, summary: Side | None
+) -> None:
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
         raise TypeError(
             "sparse_attention: q, k and v must share one floating dtype, "
@@ -136,11 +139,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, summary:
             "sparse_attention: q, k and v must all be [B, H, N, d], "
             f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    tokens = connectivity.layout.tokens
+    tokens = layout.tokens
     if q.shape[2] != tokens:
         raise ValueError(
             f"sparse_attention: q has {q.shape[2]} tokens but connectivity describes {tokens} "
-            f"({connectivity.prefix} prefix tokens and a {connectivity.layout})"
+            f"({connectivity.prefix} prefix tokens and a {layout})"
         )
     if connectivity.indices.shape[:2] != q.shape[:2]:
         raise ValueError(
@@ -153,7 +156,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, connectivity: Connectivity, summary:
             "sparse_attention: q, k, v and connectivity.indices must be on one device, "
             f"got {', '.join(sorted(map(str, devices)))}"
         )
-    _check_summary(connectivity.layout, summary)
+    _check_summary(layout, summary)
 
 
 def _check_summary(layout: Layout, summary: Side | None) -> None:
@@ -175,10 +178,10 @@ def _wants_gradients(*inputs: Tensor) -> bool:
     return any(dual.tangent is not None for dual in duals)
 
 
-def _why_not(q: Tensor, connectivity: Connectivity, summary: Side | None) -> dict[str, str]:
+def _why_not(q: Tensor, layout: Layout, summary: Side | None) -> dict[str, str]:
     """Why kernels do not take these inputs, by backend."""
     reasons = {name: why_no_kernel(name, q) for name in ("triton", "cpu")}
-    windows = connectivity.layout.squares(summary) if summary else 0
+    windows = layout.squares(summary) if summary else 0
     if not reasons["triton"] and windows > operators.LARGEST_WINDOWS:
         reasons["triton"] = f"takes at most {operators.LARGEST_WINDOWS} summary windows, got {windows}"
     return reasons
