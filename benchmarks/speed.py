@@ -21,6 +21,7 @@ from sparsifiner.cli.bench import format_table
 from sparsifiner.config import SparsifyConfig, make_config
 from sparsifiner.measure.bench_model import ModelBenchmark, benchmark_model
 from sparsifiner.measure.bench_ops import OpsBenchmark, benchmark_operations
+from sparsifiner.scorers import Impact, Pooled
 from sparsifiner.tokens import EViT
 
 Work = OpsBenchmark | tuple[ModelBenchmark, SparsifyConfig]
@@ -43,7 +44,7 @@ MODEL = ModelBenchmark(
 )
 # compiling takes minutes, so compiled models are timed up to 512 px
 LARGE = replace(MODEL, img_size=1024, runs=7, warmup=1, compile=False)
-TILED = make_config("fast", keep=0.1, tile=8, summary=8, scorer="pooled", profile="even", backend="cpu")
+TILED = make_config("fast", keep=0.1, tile=8, summary=8, scorer=Pooled(), profile="even", backend="cpu")
 FAST = make_config("fast", keep=0.1, backend="cpu")
 PAPER = make_config("paper", keep=0.1, backend="cpu")
 EVIT = make_config("fast", keep=1.0, tokens=EViT(keep=0.5), backend="cpu")
@@ -61,7 +62,7 @@ GPU_SMALLER = replace(GPU_MODEL, img_size=[224, 512, 1024], batch_size=[128, 32,
 GPU_LARGE = replace(GPU_MODEL, img_size=2048, batch_size=2)
 GPU_TILED = replace(TILED, backend="triton")
 # on a GPU fewer and longer lists pay, and few tokens are faster dense
-GPU_FAST_EVIT = replace(FAST_EVIT, tile=16, pool=16, min_tokens=1000, backend="triton")
+GPU_FAST_EVIT = replace(FAST_EVIT, tile=16, scorer=Impact(pool=16), min_tokens=1000, backend="triton")
 GPU_SPARSER = replace(GPU_TILED, keep=0.05)
 
 TABLES: dict[str, dict[str, Work]] = {

@@ -14,11 +14,14 @@ SOURCE = pathlib.Path(__file__).parents[1] / "src" / "sparsifiner"
 
 # floors from the bottom; a module belongs to the longest name that it begins with
 FLOORS = (
-    ("files", "lazy", "device", "svg", "tuned", "version"),
+    (
+        *("files", "lazy", "device", "svg", "tuned", "version"),
+        *("choices", "checks", "ratios", "backend_names"),
+    ),
     ("geometry",),
     ("ops",),
     ("scorers", "tokens"),
-    ("config",),
+    ("config", "old_spellings"),
     ("plan",),
     ("standin", "attention"),
     ("blocks", "hosts"),
@@ -33,13 +36,7 @@ FLOORS = (
 OF_PICTURES = {"files", "svg"}
 
 # arrows that still run up; this list only shrinks
-KNOWN = {
-    ("scorers", "config"),
-    ("scorers.base", "config"),
-    ("scorers.impact", "config"),
-    ("scorers.lowrank", "config"),
-    ("scorers.patterns", "config"),
-}
+KNOWN = set()
 
 # what the product and calibration may need: torch, timm, safetensors, and what these need themselves
 LABORATORY = (
@@ -150,6 +147,34 @@ def test_importing_the_package_costs_no_torch():
         "import sys, sparsifiner; assert 'sparsify' in dir(sparsifiner); print('torch' in sys.modules)"
     )
     assert done.stdout == "False\n", done.stderr
+
+
+OPTIONS = (
+    *("BigBird", "DynamicViT", "EViT", "Impact", "LowRank", "Oracle", "Pooled", "Random", "Released"),
+    *("SparsifyConfig", "Strided", "ToMe", "Window"),
+)
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import sparsifiner.config",
+        "import sparsifiner.choices",
+        "from sparsifiner.scorers import SCORERS; print(SCORERS.read('impact').pool)",
+        "from sparsifiner.tokens import TOKENS; print(TOKENS.read('tome').counts(12, 196, 1)[0].attention)",
+        f"import sparsifiner; print(*[getattr(sparsifiner, name)() for name in {OPTIONS}])",
+        "import sparsifiner; sparsifiner.SparsifyConfig(keep=.2, scorer='released', tile=1, summary=None)",
+        "from sparsifiner.config import *; config_from_dict(config_to_dict(make_config('paper', keep=.3)))",
+    ],
+)
+def test_options_cost_neither_torch_nor_timm(program):
+    done = run_alone(f"{program}; import sys; print({{'torch', 'timm'}} & set(sys.modules) or 'neither')")
+    assert done.stdout.endswith("neither\n"), done.stderr
+
+
+def test_timm_knows_our_models_once_options_are_used_beside_it():
+    done = run_alone("import timm, sparsifiner; sparsifiner.Impact(); print(timm.is_model('lvvit_s'))")
+    assert done.stdout == "True\n", done.stderr
 
 
 def test_the_core_needs_torch_timm_and_safetensors_alone():

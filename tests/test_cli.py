@@ -84,8 +84,17 @@ def test_options_of_the_lowrank_scorer_count(capsys):
         assert code == 0
         return json.loads(out)["sparse"]["scorer"]
 
-    smaller = ("--basis", "4", "--coef-topk", "2", "--reduced-dim", "2", "--basis-threshold", "0")
-    assert scorer_macs(*smaller) < scorer_macs("--basis", "4", "--coef-topk", "2") < scorer_macs()
+    smaller = (
+        "--scorer.basis",
+        4,
+        "--scorer.coef-topk",
+        2,
+        "--scorer.reduced-dim",
+        2,
+        "--scorer.basis-threshold",
+        0,
+    )
+    assert scorer_macs(*smaller) < scorer_macs("--scorer.basis", 4, "--scorer.coef-topk", 2) < scorer_macs()
 
 
 def test_macs_prints_a_table(capsys):
@@ -253,9 +262,13 @@ class TestBench:
         "config",
         [
             make_config("fast", scorer="pooled", profile="even"),
-            sparsifiner.SparsifyConfig(keep=[0.5, 0.1], summary=None, tile=6, pool=3, scorer="impact"),
+            make_config("paper", scorer=sparsifiner.Released(coef_topk=4)),
+            make_config("paper", scorer=sparsifiner.LowRank(basis=64, basis_threshold=0.0)),
+            sparsifiner.SparsifyConfig(
+                keep=[0.5, 0.1], summary=None, tile=6, scorer=sparsifiner.Impact(pool=3)
+            ),
             make_config("fast", keep=0.05, share=2),
-            make_config("paper", seed=3, backend="torch"),
+            make_config("paper", scorer=sparsifiner.BigBird(seed=3), backend="torch"),
             make_config("fast", tokens=sparsifiner.EViT(keep=0.5, fuse=False, at=(1, 2))),
             make_config("fast", tokens=sparsifiner.ToMe(r=4)),
         ],
@@ -266,7 +279,7 @@ class TestBench:
             "sparsifiner.cli.commands.load_model",
             lambda name, **arguments: given.update(arguments) or nn.Identity(),
         )
-        words = shlex.split(command_of("macs", config, renamed={"seed": "scorer_seed"}))
+        words = shlex.split(command_of("macs", config))
         run(capsys, *words[1:])
         assert given["config"] == config
 
@@ -321,6 +334,7 @@ def sparsity_errors():
     yield ["--tile", "0"], "tile must be at least 1"
     yield ["--summary", "0"], "summary must be at least 1, got 0; use None for no summaries or 'auto'"
     yield ["--preset", "dense", "--keep", "0.1"], "preset='dense' takes no sparsity options, got keep"
+    yield ["--scorer", "released"], "Released() is the released method and needs tile=1, got 8"
     yield ["--legacy"], "legacy=True is the released method and needs scorer='lowrank'"
     yield ["--backend", "cuda"], "backend='cuda' is unknown"
     yield ["--model", "resnet18", "--model_args", "{}"], "ResNet is not a timm VisionTransformer"

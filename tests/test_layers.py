@@ -9,11 +9,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sparsifiner
-from sparsifiner import DynamicViT, EViT, patch
+from sparsifiner import DynamicViT, EViT
 from sparsifiner.attention import SparseAttention
 from sparsifiner.blocks import TokenBlock
 from sparsifiner.patch import sparse_layers
-from sparsifiner.tokens.dynamicvit import PredictingReducer
+from sparsifiner.scorers import LowRank
+from sparsifiner.tokens.dynamicvit.reducer import PredictingReducer
 
 
 def make_model(depth=4, **options):
@@ -141,7 +142,7 @@ def fail_at(monkeypatch, owner, name, call):
 
 # where a call fails, at the how-manieth call of what, and how the model was before
 FAILURES = [
-    *((patch, "make_scorer", 3, before) for before in ("dense", "sparse", "fewer tokens", "layers removed")),
+    *((LowRank, "build", 3, before) for before in ("dense", "sparse", "fewer tokens", "layers removed")),
     *((SparseAttention, "__init__", 3, before) for before in ("dense", "a dense layer put back")),
     *((TokenBlock, "__init__", 3, before) for before in ("dense", "sparse", "fewer tokens")),
     *((PredictingReducer, "__init__", 2, before) for before in ("dense", "fewer tokens")),

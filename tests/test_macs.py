@@ -68,7 +68,7 @@ def test_dense_totals_equal_torch_flop_counter(name):
         ({"tile": 2, "summary": 4, "scorer": "oracle"}, 0),
         # the sparse product is an embedding bag, which the counter does not see
         ({"tile": 1, "summary": None, "scorer": "lowrank", "backend": "torch"}, 2 * 3 * 144 * 8 * 145),
-        ({"tile": 1, "summary": None, "scorer": "lowrank", "legacy": True, "backend": "reference"}, None),
+        ({"tile": 1, "summary": None, "scorer": "released", "backend": "reference"}, None),
     ],
 )
 @pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")

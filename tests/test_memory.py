@@ -5,12 +5,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparsifiner.config import SparsifyConfig
-from sparsifiner.geometry.connectivity import exact_ratio, forced_prefix, key_budget
+from sparsifiner.geometry.connectivity import forced_prefix, key_budget
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import sparse_attention
-from sparsifiner.scorers import ListSpec, make_scorer
-from tests.ops.cases import make_qkv
+from sparsifiner.ratios import exact_ratio
+from sparsifiner.scorers import SCORERS, ListSpec
+from tests.ops.cases import build_scorer, make_qkv
 
 
 class LargestTensor(TorchDispatchMode):
@@ -48,7 +48,7 @@ def test_forward_and_backward_allocate_nothing_of_n_by_n(scorer, tile, summary, 
     q, k, v = inputs
     forced = forced_prefix(layout.prefix, tile, summary)
     spec = ListSpec(layout, tile, key_budget(exact_ratio(0.1), N, forced), forced, scale=8**-0.5)
-    module = make_scorer(SparsifyConfig(scorer=scorer), 0, layout, num_heads=1, head_dim=8)
+    module = build_scorer(SCORERS.read(scorer), layout, num_heads=1, head_dim=8)
     with LargestTensor() as largest:
         connectivity = module(q, k, v, spec)
         out = sparse_attention(q, k, v, connectivity, summary, backend=backend)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import sparsifiner
 from sparsifiner.cli import main
+from sparsifiner.scorers import Impact, LowRank
 from tests.training.runs import records_of, without_times
 
 FILES = pathlib.Path(__file__).parent / "fixtures" / "f74ce80"
@@ -24,7 +25,8 @@ def load_dense():
 
 
 @pytest.mark.parametrize(
-    ("name", "scorer", "keeps"), [("paper", "lowrank", [0.25]), ("fast", "impact", [25 / 65, 2 / 65])]
+    ("name", "scorer", "keeps"),
+    [("paper", LowRank(basis=16, coef_topk=4), [0.25]), ("fast", Impact(), [25 / 65, 2 / 65])],
 )
 def test_adapters_give_the_same_lists_and_logits(name, scorer, keeps):
     expected = load_file(FILES / "expected.safetensors")

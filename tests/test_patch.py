@@ -13,11 +13,12 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import sparsifiner
-from sparsifiner import EViT, SparsifyConfig, ToMe, patch
+from sparsifiner import EViT, SparsifyConfig, ToMe
 from sparsifiner.attention import SparseAttention
 from sparsifiner.config import make_config
 from sparsifiner.patch import sparse_layers
 from sparsifiner.plan import Call, plan
+from sparsifiner.scorers import BigBird, Impact, LowRank, Random, Released
 from tests.models import ARCHITECTURES, make_images, make_model, summaries_of_single_patches
 
 has_cxx = shutil.which("g++") or shutil.which("clang++")
@@ -168,17 +169,16 @@ def test_second_call_changes_only_the_configuration():
         sparsifiner.sparsify(model, preset="paper", keep=0.25)
     scorer = model.blocks[0].attn.scorer
     weight = scorer.up.detach().clone()
-    changed = {"coef_topk": 4, "basis_threshold": 0.03, "seed": 1, "legacy": True}
-    sparsifiner.sparsify(model, preset="paper", keep=[0.5, 0.1], backend="reference", **changed)
-    assert (scorer.coef_topk, scorer.basis_threshold, scorer.legacy) == (4, 0.03, True)
-    assert scorer.temperature == 3**-0.5
+    changed = LowRank(coef_topk=4, basis_threshold=0.03)
+    sparsifiner.sparsify(model, preset="paper", keep=[0.5, 0.1], backend="reference", scorer=changed)
+    assert scorer.options == changed
     assert model.blocks[0].attn.scorer is scorer
     assert torch.equal(scorer.up, weight)
     assert [layer.config.keep_of(layer.place.index, 2) for layer in sparse_layers(model)] == [0.5, 0.1]
     sparsifiner.sparsify(model, keep=0.2)  # an option alone leaves everything else as it is
     assert model.blocks[0].attn.scorer is scorer
     config = model.blocks[0].attn.config
-    assert (config.keep, config.tile, config.coef_topk) == (0.2, 1, 4)
+    assert (config.keep, config.tile, config.scorer) == (0.2, 1, changed)
     sparsifiner.sparsify(model, preset="fast")
     assert model.blocks[0].attn.scorer is not scorer
 
@@ -222,7 +222,7 @@ def test_intermediates_and_hooks_see_raster_order():
     "options",
     [
         {"tile": 4, "summary": 2},
-        {"tile": 1, "summary": None, "scorer": "lowrank", "legacy": True},
+        {"tile": 1, "summary": None, "scorer": Released()},
     ],
 )
 @pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
@@ -355,21 +355,20 @@ def test_supported_models_have_no_reason():
         ({"summary": 0}, "summary must be at least 1, got 0; use None"),
         ({"summary": "big"}, "summary must be a whole number"),
         ({"scorer": "best"}, "scorer='best' is unknown"),
-        ({"coef_topk": 64}, "coef_topk=64 exceeds basis=32"),
+        ({"scorer": "best"}, "scorer='best' is unknown; choose one of .*'impact'"),
+        ({"scorer": Impact}, "scorer must be one of .*'impact'.* or ScorerOptions with options, got <class"),
+        ({"scorer": None}, "scorer must be one of"),
+        ({"share": 0}, "share must be at least 1"),
         ({"backend": "cuda"}, "backend='cuda' is unknown"),
         ({"min_tokens": -1}, "min_tokens must be at least 0"),
-        ({"seed": 1.5}, "seed must be a whole number"),
-        ({"seed": 2**32}, "seed must be below"),
-        ({"basis_threshold": float("nan")}, "basis_threshold must be a number of at least 0"),
         ({"keep": None}, "keep must be a number"),
         ({"summary": [2]}, "summary must be a whole number"),
-        ({"legacy": True}, "needs scorer='lowrank', got 'impact'"),
-        ({"preset": "paper", "legacy": True, "backend": "torch"}, "runs on backend='reference' only"),
+        ({"scorer": "released"}, "needs tile=1, got 8; use preset='paper'"),
+        ({"preset": "paper", "scorer": Released(), "backend": "torch"}, "runs on backend='reference' only"),
         ({"preset": "slow"}, "preset='slow' is unknown"),
         ({"kep": 0.1}, "'kep' is no option of SparsifyConfig"),
         ({"profile": "rising"}, "profile='rising' is unknown"),
-        ({"pool": 0}, "pool must be at least 1, got 0"),
-        ({"tile": 8, "pool": 3}, "pool=3 must divide tile=8"),
+        ({"tile": 8, "scorer": Impact(pool=3)}, "pool=3 must divide tile=8"),
     ],
 )
 def test_impossible_configurations_are_named_and_change_nothing(options, message):
@@ -377,6 +376,24 @@ def test_impossible_configurations_are_named_and_change_nothing(options, message
     with pytest.raises((TypeError, ValueError), match=message):
         sparsifiner.sparsify(model, **options)
     assert not any(isinstance(module, SparseAttention) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (LowRank, {"coef_topk": 64}, "coef_topk=64 exceeds basis=32"),
+        (LowRank, {"basis": 0}, "basis must be at least 1, got 0; the paper uses 32"),
+        (LowRank, {"reduced_dim": 2.5}, "reduced_dim must be a whole number"),
+        (LowRank, {"basis_threshold": float("nan")}, "basis_threshold must be a number of at least 0"),
+        (Released, {"basis_threshold": -1}, "basis_threshold must be a number of at least 0"),
+        (Random, {"seed": 1.5}, "seed must be a whole number"),
+        (BigBird, {"seed": 2**32}, "seed must be below"),
+        (Impact, {"pool": 0}, "pool must be at least 1, got 0"),
+    ],
+)
+def test_impossible_options_of_scorers_are_named(kind, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        kind(**options)
 
 
 @pytest.mark.parametrize("keep", [0.01, 0.1, 0.3, 0.7, 1.0])
@@ -429,7 +446,7 @@ def test_patch_drop_is_refused_in_training():
 def test_registered_models_are_made_by_timm():
     model = timm.create_model("sparsifiner_deit_small_patch16_224", keep=0.25, depth=1)
     config = model.blocks[0].attn.config
-    assert (config.keep, config.scorer, config.tile, config.summary) == (0.25, "lowrank", 1, None)
+    assert (config.keep, config.scorer, config.tile, config.summary) == (0.25, LowRank(), 1, None)
     for size in ("tiny", "base"):
         assert timm.is_model(f"sparsifiner_deit_{size}_patch16_224")
     custom = SparsifyConfig(keep=0.1, tile=4)
@@ -474,14 +491,14 @@ def test_a_model_is_converted_as_a_whole_or_not_at_all(monkeypatch, name, sparse
         sparsifiner.sparsify(model, scorer="pooled", keep=0.3)
     before, modules = model(images), dict(model.named_modules())
     hooks = len(model.patch_embed._forward_hooks)
-    make = patch.make_scorer
+    build = Impact.build
 
-    def make_the_first(config, layer, *rest):
-        if layer:
+    def build_the_first(options, place):
+        if place.layer:
             raise RuntimeError("no memory")
-        return make(config, layer, *rest)
+        return build(options, place)
 
-    monkeypatch.setattr(patch, "make_scorer", make_the_first)
+    monkeypatch.setattr(Impact, "build", build_the_first)
     with pytest.raises(RuntimeError, match="no memory"):
         sparsifiner.sparsify(model, preset="fast", keep=0.1)
     assert dict(model.named_modules()) == modules

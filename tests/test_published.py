@@ -4,8 +4,8 @@ import pytest
 import timm
 
 import sparsifiner
-from sparsifiner.geometry.connectivity import exact_ratio
 from sparsifiner.published import paper_mhsa
+from sparsifiner.ratios import exact_ratio
 
 DEIT_S = {"layers": 12, "heads": 6, "width": 384}
 LV_VIT_S = {"layers": 16, "heads": 6, "width": 384}

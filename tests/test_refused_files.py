@@ -9,6 +9,7 @@ from torch import nn
 
 import sparsifiner
 from sparsifiner.models.loading import load_weights
+from sparsifiner.scorers import LowRank
 from tests.test_layers import snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
@@ -21,7 +22,7 @@ def make_model(img_size=32, depth=2):
 
 
 def make_sparse(**options):
-    return sparsifiner.sparsify(make_model(**options), preset="paper", keep=0.3, basis=8)
+    return sparsifiner.sparsify(make_model(**options), preset="paper", keep=0.3, scorer=LowRank(basis=8))
 
 
 def make_images():

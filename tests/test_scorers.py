@@ -10,23 +10,21 @@ from safetensors.torch import load_file
 
 import sparsifiner
 from sparsifiner import tuned
-from sparsifiner.config import SparsifyConfig, make_config
+from sparsifiner.config import make_config
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.curve import CurveLayout
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import select_topk
 from sparsifiner.plan import Call, plan
-from sparsifiner.scorers import ListSpec, LowRankScorer, make_scorer
+from sparsifiner.scorers import SCORERS, Impact, ListSpec, LowRank, Released
 from tests.models import make_images, make_model
-from tests.ops.cases import make_qkv
+from tests.ops.cases import build_scorer, make_qkv
 
 NAMES = ["lowrank", "impact", "pooled", "oracle", "window", "strided", "random", "bigbird"]
 
 
 def make(name, layout, layer=0, **options):
-    config = SparsifyConfig(scorer=name, **options)
-    scorer = make_scorer(config, layer, layout, num_heads=2, head_dim=16)
-    return scorer
+    return build_scorer(SCORERS.read({"method": name, **options}), layout, layer)
 
 
 def spec_of(layout, tile, budget, forced=0):
@@ -140,7 +138,7 @@ def test_bigbird_is_half_window_and_half_random():
 
 def test_lowrank_follows_another_grid_by_resampling():
     native, other = TokenLayout((14, 14), 1), TokenLayout((28, 20), 1)
-    scorer = LowRankScorer(native, 2, 16, SparsifyConfig(scorer="lowrank"))
+    scorer = build_scorer(LowRank(), native)
     with torch.no_grad():  # something smooth that resampling should keep
         y, x = torch.meshgrid(torch.linspace(0, 1, 14), torch.linspace(0, 1, 14), indexing="ij")
         scorer.up[1:] = (y + x).reshape(-1, 1) * torch.linspace(0.5, 1.5, 32)
@@ -183,7 +181,7 @@ def test_lowrank_weights_made_at_another_size_load_with_their_grid():
 
 
 class TestReleased:
-    """`legacy=True` against outputs of the released code."""
+    """`Released()` against outputs of the released code."""
 
     @pytest.fixture
     def released(self):
@@ -193,7 +191,7 @@ class TestReleased:
     def layer(self, released):
         model = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0)
         with pytest.warns(UserWarning, match="untrained"):
-            sparsifiner.sparsify(model, make_config("paper", keep=0.25, legacy=True))
+            sparsifiner.sparsify(model, make_config("paper", keep=0.25, scorer=Released()))
         weights = {
             f"blocks.0.attn.{key.removeprefix('weight.')}": value
             for key, value in released.items()
@@ -236,7 +234,7 @@ def test_impact_is_the_attention_of_mean_queries_times_the_distance_of_values(ti
     layout = TokenLayout((5, 7), 2)
     q, k, v = make_qkv(layout, dtype=torch.float64)
     spec = ListSpec(layout, tile, 6, 2, scale=0.25, summary=summary)
-    scorer = make("impact", layout, tile=tile, pool=pool)
+    scorer = make("impact", layout, pool=pool)
     assert scorer.pool_side(spec) == (pool or {4: 2, 3: 3, 1: 1}[tile])
     assert scorer.pool_side(replace(spec, budget=5)) == {4: 4, 3: 3, 1: 1}[tile]  # 3 < 16 / 4 keys
     scores = scorer.scores(q, k, v, spec)
@@ -265,7 +263,7 @@ def test_impact_lists_keys_on_small_grids_without_summaries(tile):
     layout = TokenLayout((5, 5), 1)
     q, k, v = make_qkv(layout)
     spec = ListSpec(layout, tile, 20, forced=1 if tile > 1 else 0, scale=0.25)
-    lists = make("impact", layout, tile=tile)(q, k, v, spec).indices
+    lists = make("impact", layout)(q, k, v, spec).indices
     assert (lists >= 0).all()
     assert (lists == layout.tokens - 1).any()  # the corner patch is no window of its own
 
@@ -287,7 +285,8 @@ def test_lists_along_a_curve_are_those_of_a_grid_of_one_row_cut_into_as_long_run
     in_row = ListSpec(row, tile * tile, 9, 1, scale=0.25, summary=4)
     own, others = make(name, curve), make(name, row)
     if name == "impact":
-        own.pool, others.pool = max(1, tile // 2), max(1, tile // 2) ** 2
+        own.configure(Impact(pool=max(1, tile // 2)))
+        others.configure(Impact(pool=max(1, tile // 2) ** 2))
     lists = own(q, k, v, along)
     assert lists.layout == curve
     assert torch.equal(lists.indices, others(q, k, v, in_row).indices)

@@ -14,6 +14,7 @@ from sparsifiner.macs import count_macs
 from sparsifiner.measure.bench_ops import EVERYTHING, OpsBenchmark, benchmark_operations
 from sparsifiner.models.adapter import scorer_weights
 from sparsifiner.patch import sparse_layers
+from sparsifiner.scorers import Released
 
 
 def make_model(depth=5, **options):
@@ -148,7 +149,7 @@ def test_gradients_flow_and_gradient_checkpointing_is_refused():
             r"keep=0.2 of layer 1 differs from that of layer 0",
         ),
         (
-            {"share": 2, "preset": "paper", "tile": 1, "backend": "auto", "legacy": True},
+            {"share": 2, "preset": "paper", "tile": 1, "backend": "auto", "scorer": Released()},
             "needs share=1, got 2",
         ),
     ],

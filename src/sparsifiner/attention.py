@@ -75,7 +75,7 @@ class SparseAttention(StandIn):
         self.config = config
         self.place = place
         self.num_heads, self.head_dim, self.scale = place.num_heads, place.head_dim, place.scale
-        self.scorer.configure(config)
+        self.scorer.configure(config.scorer)
         self.scorer.place_at(place.index)
         # two attributes: compilers can make variables of numbers, not of a tuple
         self._keep_numerator, self._keep_denominator = keep_at(Call(place.native), config, place)

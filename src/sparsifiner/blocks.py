@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention
 from sparsifiner.standin import StandIn
-from sparsifiner.tokens.method import TokenMethod, TokenReducer
+from sparsifiner.tokens.method import TokenMethod
+from sparsifiner.tokens.reducer import TokenReducer
 from sparsifiner.tokens.state import TokenState
 
 

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from typing import Any
 
 
 def loader(
@@ -26,3 +27,9 @@ def loader(
         return value
 
     return load
+
+
+def resolve(name: str) -> Any:
+    """What "package.module:name" names, its module imported now."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)

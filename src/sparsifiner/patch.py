@@ -15,15 +15,12 @@ from sparsifiner.blocks import TokenBlock, TokenBlocks
 from sparsifiner.config import SparsifyConfig, change_config, make_config
 from sparsifiner.hosts import CurrentGrid, Host, host_of, reasons_against
 from sparsifiner.plan import LayerPlace
-from sparsifiner.scorers import BorrowingScorer, LowRankScorer, Scorer, SharedLists, make_scorer
+from sparsifiner.scorers import BorrowingScorer, Place, Scorer, SharedLists
 from sparsifiner.standin import StandIn
 
 _logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
-
-# fields that shape a scorer: with these equal, calling sparsify again keeps the scorer and its weights
-_SHAPING_FIELDS = ("scorer", "basis", "reduced_dim")
 
 
 def sparsify(
@@ -151,10 +148,9 @@ def plan_sparsity(model: nn.Module, config: SparsifyConfig) -> SparsityPlan:
     layers = _plan_layers(host, config, grid)
     untrained: list[str] = []
     for attention, plan in zip(host.attentions, layers, strict=True):
-        new = getattr(attention, "scorer", None) is not plan.scorer
-        if new and isinstance(plan.scorer, LowRankScorer) and not untrained:
+        if not untrained and set(plan.scorer.parameters()) - set(attention.parameters()):
             untrained.append(
-                "the low-rank scorer is untrained and chooses keys by chance: load trained weights, "
+                f"the {config.scorer.TITLE} is untrained and chooses keys by chance: load trained weights, "
                 "or train it"
             )
     blocks, predicts_by_chance = _plan_blocks(host, config, layers)
@@ -179,14 +175,10 @@ def _plan_layers(host: Host, config: SparsifyConfig, grid: CurrentGrid) -> list[
         if place:
             assert lists is not None
             borrowed = (lists, place, index + 1 == depth or place + 1 == config.share)
-        scorer: Scorer
-        if isinstance(attention, SparseAttention) and _keeps_scorer(attention, config, borrowed is None):
-            scorer = attention.scorer
-        else:
-            if borrowed is None:
-                scorer = make_scorer(config, index, native, *host.heads_of(attention))
-            else:
-                scorer = BorrowingScorer(*borrowed)
+        at = Place(index, native, *host.heads_of(attention))
+        scorer = _kept_scorer(attention, config, at, borrowed is None)
+        if scorer is None:
+            scorer = config.scorer.build(at) if borrowed is None else BorrowingScorer(*borrowed)
             like = _place_of(attention)
             scorer = scorer.to(device=like.device, dtype=like.dtype).train(attention.training)
         if isinstance(attention, SparseAttention):
@@ -202,11 +194,11 @@ def about_to_train(*, scorer: bool = True, predictor: bool = True) -> Iterator[N
     """Does not warn of parts that choose by chance until they are trained: they are about to be.
 
     Args:
-        scorer: low-rank scorers.
+        scorer: scorers that learn.
         predictor: DynamicViT's predictors.
     """
     with warnings.catch_warnings():
-        for name, known in (("low-rank scorer", scorer), ("token predictor", predictor)):
+        for name, known in ((".*scorer", scorer), ("token predictor", predictor)):
             if known:
                 warnings.filterwarnings("ignore", f"the {name} is untrained")
         yield
@@ -314,16 +306,11 @@ def _resolve_config(
     return make_config(preset or "fast", **options)
 
 
-def _keeps_scorer(layer: SparseAttention, config: SparsifyConfig, scores: bool) -> bool:
-    """Whether a layer keeps its scorer, given whether it scores or takes the lists of another."""
-    if isinstance(layer.scorer, BorrowingScorer) is scores:
-        return False
-    if any(getattr(layer.config, name) != getattr(config, name) for name in _SHAPING_FIELDS):
-        return False
-    scorer = layer.scorer
-    if isinstance(scorer, LowRankScorer):  # legacy counts its basis by the image size
-        return scorer.up.shape[1] == scorer.basis_size(config, scorer.native_layout)
-    return True
+def _kept_scorer(layer: nn.Module, config: SparsifyConfig, at: Place, scores: bool) -> Scorer | None:
+    """The scorer of a layer or one with its weights, where it scores or takes lists as before; else None."""
+    if not isinstance(layer, SparseAttention) or isinstance(layer.scorer, BorrowingScorer) is scores:
+        return None
+    return layer.scorer.continued(config.scorer, at) if scores else layer.scorer
 
 
 def _place_of(module: nn.Module) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from sparsifiner.config import SparsifyConfig
-from sparsifiner.geometry.connectivity import exact_ratio, forced_prefix, key_budget
+from sparsifiner.geometry.connectivity import forced_prefix, key_budget
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.geometry.layout import Layout
+from sparsifiner.ratios import exact_ratio
 from sparsifiner.scorers import ListSpec
 
 # plans that are remembered: layers of some models, at some image sizes, while budgets are tried
@@ -117,7 +118,7 @@ def lists_at(call: Call, config: SparsifyConfig, keep: tuple[int, int], scale: f
 
 def backend_of(config: SparsifyConfig) -> str:
     """Backend of both operations."""
-    return "reference" if config.legacy else config.backend
+    return config.scorer.backend(config.backend)
 
 
 def _keep_of(config: SparsifyConfig, layer: int, depth: int, patches: int, prefix: int) -> float:

@@ -91,12 +91,15 @@ def paper_mhsa_of(host: Host, counts: Sequence[Counts], method: TokenMethod | No
         keeps = {attention.keep for attention in attentions}
         if keeps != {(1, 1)}:
             config = first.config
-            if (config.scorer, config.tile, config.summary, config.share) != ("lowrank", 1, None, 1):
+            is_counted = config.scorer.COUNTED_IN_PAPER
+            if (is_counted, config.tile, config.summary, config.share) != (True, 1, None, 1):
                 return None
             if tokens[0] < config.min_tokens or len(keeps) > 1:
                 return None
             keep = keeps.pop()
-        elif method is None and first.config.scorer == "lowrank":  # the tables count the predictor here too
+        elif (
+            method is None and first.config.scorer.COUNTED_IN_PAPER
+        ):  # the tables count the predictor here too
             keep = (1, 1)
     if method is not None:
         return paper_mhsa_with_tokens(*shape, tokens, keep)

@@ -21,6 +21,7 @@ from sparsifiner.measure.recall import mask_recall
 from sparsifiner.models.adapter import is_scorer, scorer_weights
 from sparsifiner.models.loading import load_model, load_weights
 from sparsifiner.patch import sparse_layers
+from sparsifiner.scorers import LowRank
 
 SMALL = {"patch_size": 4, "depth": 3, "embed_dim": 32, "num_heads": 2, "num_classes": 10}
 
@@ -190,7 +191,7 @@ def test_the_command_and_its_file(capsys, tmp_path):
 class TestFit:
     def test_scorers_learn_and_nothing_else_moves(self):
         with pytest.warns(UserWarning, match="untrained"):
-            model = make_sparse(preset="paper", basis=8, coef_topk=4)
+            model = make_sparse(preset="paper", scorer=LowRank(basis=8, coef_topk=4))
         backbone = {key: value.clone() for key, value in model.state_dict().items() if not is_scorer(key)}
         batches = make_batches(8, 8)
         before, unfitted = mask_recall(model, [(batch, None) for batch in batches]), copy.deepcopy(model)
@@ -206,7 +207,7 @@ class TestFit:
 
     def test_an_interrupted_fit_leaves_the_model_trainable(self, monkeypatch):
         with pytest.warns(UserWarning, match="untrained"):
-            model = make_sparse(preset="paper", basis=8, coef_topk=4)
+            model = make_sparse(preset="paper", scorer=LowRank(basis=8, coef_topk=4))
         monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: signal.raise_signal(signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
             calibrate(model, make_batches(8), fit_steps=100, progress=False)
@@ -214,7 +215,7 @@ class TestFit:
 
     def test_a_fit_that_makes_it_worse_is_taken_back(self, monkeypatch):
         with pytest.warns(UserWarning, match="untrained"):
-            model = make_sparse(preset="paper", basis=8, coef_topk=4)
+            model = make_sparse(preset="paper", scorer=LowRank(basis=8, coef_topk=4))
         batches = make_batches(8)
         calibrate(model, batches, fit_steps=100, progress=False)
         before = copy.deepcopy(scorer_weights(model))
@@ -232,7 +233,7 @@ class TestFit:
 
     def test_no_steps_leave_the_scorers_as_they_are(self):
         with pytest.warns(UserWarning, match="untrained"):
-            model = make_sparse(preset="paper", basis=8, coef_topk=4)
+            model = make_sparse(preset="paper", scorer=LowRank(basis=8, coef_topk=4))
         before = copy.deepcopy(scorer_weights(model))
         calibrate(model, make_batches(2), fit_steps=0, progress=False)
         assert all(torch.equal(value, before[key]) for key, value in scorer_weights(model).items())
@@ -241,7 +242,7 @@ class TestFit:
 class TestAdapters:
     def test_learned_scorers_come_back(self, tmp_path):
         with pytest.warns(UserWarning, match="untrained"):
-            model = make_sparse(preset="paper", basis=4, coef_topk=2)
+            model = make_sparse(preset="paper", scorer=LowRank(basis=4, coef_topk=2))
         sparsifiner.save_adapter(model, tmp_path / "a.safetensors")
         loaded = sparsifiner.load_adapter(make_dense(), tmp_path / "a.safetensors")
         images = make_batches(1)[0]
@@ -262,10 +263,10 @@ class TestAdapters:
 
     def test_other_models_are_refused(self, tmp_path):
         with pytest.warns(UserWarning, match="untrained"):
-            model = make_sparse(preset="paper", basis=4, coef_topk=2)
+            model = make_sparse(preset="paper", scorer=LowRank(basis=4, coef_topk=2))
         sparsifiner.save_adapter(model, tmp_path / "a.safetensors")
         with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
-            assert json.loads(file.metadata()["sparsifiner"])["basis"] == 4
+            assert json.loads(file.metadata()["sparsifiner"])["scorer"]["basis"] == 4
         other = timm.create_model("deit_tiny_patch16_224", img_size=32, **{**SMALL, "embed_dim": 48})
         with pytest.raises(ValueError, match="does not fit the model"):
             sparsifiner.load_adapter(other, tmp_path / "a.safetensors")
@@ -280,19 +281,21 @@ class TestAdapters:
 
     @pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
     def test_an_incomplete_file_changes_nothing(self, tmp_path):
-        sparsifiner.save_adapter(make_sparse(preset="paper", coef_topk=3), tmp_path / "a.safetensors")
+        sparsifiner.save_adapter(
+            make_sparse(preset="paper", scorer=LowRank(coef_topk=3)), tmp_path / "a.safetensors"
+        )
         with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
             told = file.metadata()
         scorers = load_file(tmp_path / "a.safetensors")
         del scorers["blocks.2.attn.scorer.up"]
         save_file(scorers, tmp_path / "a.safetensors", told)
-        model, images = make_sparse(preset="paper", basis_threshold=0.01), make_batches(1)[0]
+        model, images = make_sparse(preset="paper", scorer=LowRank(basis_threshold=0.01)), make_batches(1)[0]
         with torch.no_grad():
             expected = model(images)
             with pytest.raises(ValueError, match=r"blocks\.2\.attn\.scorer\.up is missing"):
                 sparsifiner.load_adapter(model, tmp_path / "a.safetensors")
             assert torch.equal(model(images), expected)
-        assert sparse_layers(model)[0].config.basis_threshold == 0.01
+        assert sparse_layers(model)[0].config.scorer.basis_threshold == 0.01
 
     @pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")
     def test_scorers_follow_to_another_image_size(self, tmp_path):

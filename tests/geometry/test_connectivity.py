@@ -6,12 +6,12 @@ import torch
 from sparsifiner.geometry.connectivity import (
     Connectivity,
     ScoredLists,
-    exact_ratio,
     forced_prefix,
     key_budget,
 )
 from sparsifiner.geometry.curve import CurveLayout
 from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.ratios import exact_ratio
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,21 @@
 
 import torch
 
-from sparsifiner.geometry.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
+from sparsifiner.geometry.connectivity import Connectivity, forced_prefix, key_budget
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import select_topk
+from sparsifiner.ratios import exact_ratio
+from sparsifiner.scorers import Place
 
 # patches -> grid; 62 is prime times two, so every tile and window is ragged
 GRIDS = {4: (2, 2), 16: (4, 4), 62: (2, 31), 196: (14, 14), 256: (16, 16), 576: (24, 24)}
 # the reference takes seconds for each on a CPU
 LARGE_GRIDS = {1024: (32, 32), 4096: (64, 64)}
+
+
+def build_scorer(options, layout, layer=0, num_heads=2, head_dim=16):
+    """The scorer of one layer."""
+    return options.build(Place(layer, layout, num_heads, head_dim))
 
 
 def make_qkv(layout, heads=2, head_dim=16, batch=1, dtype=torch.float32, device="cpu"):

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import native, select_topk
 from sparsifiner.ops.select import cpu_backend
-from sparsifiner.scorers import ImpactScorer, ListSpec
+from sparsifiner.scorers import Impact, ListSpec
 from sparsifiner.training.losses import reconstruction_loss
-from tests.ops.cases import layout_of, make_qkv
+from tests.ops.cases import build_scorer, layout_of, make_qkv
 from tests.ops.test_select_backends import (
     assert_equals_reference,
     assert_forced_keys_are_listed_once,
@@ -214,7 +214,7 @@ def test_impact_lists_are_those_of_exact_scores(
     v[0, 0, prefix : prefix + 2] = 0.0
     forced = prefix if tile > 1 else 0  # the prefix competes
     spec = ListSpec(layout, tile, budget, forced, scale, "cpu", summary)
-    scorer = ImpactScorer(pool)
+    scorer = build_scorer(Impact(pool=pool), layout)
     indices = scorer(q, k, v, spec).indices.long()
     exact = scorer.scores(q.double(), k.double(), v.double(), spec).nan_to_num(nan=-torch.inf)
     exact[..., :forced] = torch.inf

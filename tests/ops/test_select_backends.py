@@ -7,11 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsifiner.config import make_config
 from sparsifiner.ops import select_topk
 from sparsifiner.ops.backend import HAS_TRITON
-from sparsifiner.scorers import ImpactScorer, ListSpec, LowRankScorer, PooledScorer
-from tests.ops.cases import layout_of, make_qkv
+from sparsifiner.scorers import Impact, ListSpec, LowRank, Pooled
+from tests.ops.cases import build_scorer, layout_of, make_qkv
 
 if HAS_TRITON:
     from sparsifiner.ops.select import triton_backend, triton_lowrank, triton_tiles
@@ -107,8 +106,8 @@ def test_forced_keys_are_listed_once(backend):
 
 def lowrank_scorer(layout, head_dim, basis, kept):
     """A scorer with weights of the size that training leaves."""
-    config = make_config("paper", basis=basis, coef_topk=kept)
-    scorer = LowRankScorer(layout, 2, head_dim, config).to(DEVICE)
+    options = LowRank(basis=basis, coef_topk=kept)
+    scorer = build_scorer(options, layout, head_dim=head_dim).to(DEVICE)
     with torch.no_grad():
         scorer.up.copy_(torch.rand_like(scorer.up) * (torch.rand_like(scorer.up) > 0.5))
         for weight in (
@@ -127,7 +126,8 @@ def test_empty_batches_have_empty_lists():
     layout = layout_of(16, 1)
     q, k, v = (x[:0] for x in make_qkv(layout, device=DEVICE))
     spec = ListSpec(layout, 2, 5, 1, 1.0, "triton")
-    for scorer in (PooledScorer(), ImpactScorer(None), lowrank_scorer(layout, 16, 8, 3)):
+    training_free = (build_scorer(options, layout) for options in (Pooled(), Impact()))
+    for scorer in (*training_free, lowrank_scorer(layout, 16, 8, 3)):
         assert scorer(q, k, v, spec).indices.shape == (0, 2, 4, 5)
 
 
@@ -214,7 +214,9 @@ def test_impact_scores_and_their_selection(
     q[1, 1, -1], v[0, 1, -2] = torch.nan, torch.nan
     v[0, 0, prefix : prefix + 2] = 0.0
     spec = ListSpec(layout, tile, budget, prefix, scale, summary=summary)
-    exact = ImpactScorer(pool).scores(q.double(), k.double(), v.double(), spec)[..., prefix:]
+    exact = build_scorer(Impact(pool=pool), layout).scores(q.double(), k.double(), v.double(), spec)[
+        ..., prefix:
+    ]
     scores = torch.full_like(exact, torch.nan, dtype=torch.float32)
     geometry = (layout, tile, pool, summary, scale)
     indices, means = triton_tiles.select_impact(q, k, v, *geometry, budget, prefix, scores)

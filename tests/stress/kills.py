@@ -25,6 +25,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import sparsifiner
 from sparsifiner.data import open_images
+from sparsifiner.scorers import LowRank
 from sparsifiner.training import Recipe, Stage, train
 from sparsifiner.training.checkpoints import named_checkpoints
 from sparsifiner.training.seal import find_damage
@@ -45,7 +46,7 @@ def train_small(folder, workers):
     model = VisionTransformer(
         img_size=32, patch_size=8, depth=2, embed_dim=24, num_heads=2, num_classes=10, drop_path_rate=0.2
     )
-    sparsifiner.sparsify(model, preset="paper", keep=0.5, basis=8, coef_topk=4)
+    sparsifiner.sparsify(model, preset="paper", keep=0.5, scorer=LowRank(basis=8, coef_topk=4))
     stages = [Stage("reconstruct", 1, lr=3e-3), Stage("joint", 2, lr=1e-3)]
     train(
         model,

@@ -25,7 +25,8 @@ from sparsifiner.models.features import token_states
 from sparsifiner.models.loading import load_model
 from sparsifiner.patch import sparse_layers
 from sparsifiner.plan import Call, plan
-from sparsifiner.tokens import describe_tokens, read_tokens
+from sparsifiner.scorers import LowRank, Released
+from sparsifiner.tokens import TOKENS
 from tests.models import SMALL, make_images, make_model, summaries_of_single_patches
 
 pytestmark = pytest.mark.filterwarnings("ignore:the (low-rank scorer|token predictor) is untrained")
@@ -273,7 +274,9 @@ def test_adapters_bring_the_method(tmp_path, method):
 
 
 def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path):
-    sparsifiner.save_adapter(make_sparse("deit", EViT(0.5), "paper", basis=16), tmp_path / "good.safetensors")
+    sparsifiner.save_adapter(
+        make_sparse("deit", EViT(0.5), "paper", scorer=LowRank(basis=16)), tmp_path / "good.safetensors"
+    )
     with safe_open(tmp_path / "good.safetensors", "pt") as file:
         cut = {key: file.get_tensor(key)[..., :3].contiguous() for key in file.keys()}  # noqa: SIM118
         save_file(cut, tmp_path / "bad.safetensors", file.metadata())
@@ -291,20 +294,20 @@ def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path):
             assert torch.equal(model(images), expected)
 
 
-@pytest.mark.parametrize("method", [*METHODS.values(), EViT(at=[1, 2]), None])
+@pytest.mark.parametrize("method", [*METHODS.values(), EViT(at=[1, 2])])
 def test_methods_are_described_as_plain_values(method):
     described = json.loads(json.dumps(config_to_dict(SparsifyConfig(tokens=method))["tokens"]))
-    assert described == json.loads(json.dumps(describe_tokens(method)))
-    assert read_tokens(described) == method
+    assert described == json.loads(json.dumps(TOKENS.describe(method)))
+    assert TOKENS.read(described) == method
 
 
 def test_descriptions_that_fit_no_method_are_refused():
     with pytest.raises(ValueError, match="tokens: method='avit' is unknown"):
-        read_tokens({"method": "avit"})
+        TOKENS.read({"method": "avit"})
     with pytest.raises(ValueError, match=r"tokens: .* do not fit tome, whose options are r"):
-        read_tokens({"method": "tome", "keep": 0.5})
+        TOKENS.read({"method": "tome", "keep": 0.5})
     with pytest.raises(ValueError, match=r"tokens: keep must lie in \(0, 1\]"):
-        read_tokens({"method": "evit", "keep": 2.0})
+        TOKENS.read({"method": "evit", "keep": 2.0})
 
 
 def planned(layout, layer):
@@ -482,7 +485,11 @@ def test_calibration_refuses():
     [
         ("average pooling", {"tokens": EViT()}, "tokens: EViT needs a class token; use DynamicViT or ToMe"),
         ("deit", {"tokens": EViT(), "share": 2}, "share=2: the lists of one layer do not fit the next"),
-        ("deit", {"tokens": ToMe(), "preset": "paper", "legacy": True}, "legacy=True .* takes tokens=None"),
+        (
+            "deit",
+            {"tokens": ToMe(), "preset": "paper", "scorer": Released()},
+            "Released.. .* takes tokens=None",
+        ),
         ("deit", {"tokens": "evit"}, r"tokens must be EViT\(...\), DynamicViT\(...\), ToMe\(...\) or None"),
         ("deit", {"tokens": EViT}, "tokens must be EViT"),
         ("deit", {"tokens": EViT(at=[3, 4])}, r"tokens: at=\[3, 4\] must be ascending blocks of 0 to 3"),

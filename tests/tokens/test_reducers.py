@@ -12,8 +12,8 @@ from sparsifiner.geometry.curve import CurveLayout
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import sparse_attention
 from sparsifiner.tokens import TokenState
-from sparsifiner.tokens.dynamicvit import ratio_loss
-from sparsifiner.tokens.evit import class_attention
+from sparsifiner.tokens.dynamicvit.reducer import ratio_loss
+from sparsifiner.tokens.evit.reducer import class_attention
 from sparsifiner.tokens.policy import attend_with_policy
 from sparsifiner.tokens.sizes import weigh_by_size
 from sparsifiner.tokens.state import best_of

@@ -12,7 +12,7 @@ from sparsifiner.hosts import host_of
 from sparsifiner.measure.accuracy import evaluate
 from sparsifiner.models.adapter import is_predictor, is_scorer
 from sparsifiner.models.features import token_states
-from sparsifiner.tokens.dynamicvit import ratio_loss
+from sparsifiner.tokens.dynamicvit.reducer import ratio_loss
 from sparsifiner.training import LossWeights
 from sparsifiner.training.losses import classification_loss, distillation_loss
 from sparsifiner.training.recipe import STAGE_KINDS

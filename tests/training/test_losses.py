@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparsifiner.config import SparsifyConfig
 from sparsifiner.geometry.grid import TokenLayout
-from sparsifiner.scorers import ListSpec, LowRankScorer, PooledScorer
+from sparsifiner.scorers import ListSpec, LowRank, Pooled, Released
 from sparsifiner.training.loop import make_schedule
 from sparsifiner.training.losses import (
     classification_loss,
@@ -17,7 +16,7 @@ from sparsifiner.training.losses import (
     token_loss,
 )
 from sparsifiner.training.recipe import Stage
-from tests.ops.cases import make_qkv
+from tests.ops.cases import build_scorer, make_qkv
 from tests.test_memory import LargestTensor
 
 SCALE = 0.3
@@ -94,7 +93,7 @@ def test_reconstruction_allocates_nothing_of_n_by_n(tile):
     layout = TokenLayout((32, 32), 1)
     N = layout.tokens
     q, k, _ = make_qkv(layout, heads=1)
-    scorer = LowRankScorer(layout, 1, 16, SparsifyConfig(scorer="lowrank"))
+    scorer = build_scorer(LowRank(), layout, num_heads=1)
     with LargestTensor() as largest:
         factors = scorer.factors(q, k, layout, tile)
         reconstruction_loss(*factors, q, k, layout=layout, tile=tile, scale=SCALE).backward()
@@ -131,9 +130,8 @@ class TestFactors:
 
     layout = TokenLayout((5, 7), 1)
 
-    def make_scorer(self, **options):
-        config = SparsifyConfig(scorer="lowrank", tile=1, summary=None, **options)
-        scorer = LowRankScorer(self.layout, 2, 16, config).double()
+    def make_scorer(self, options=LowRank()):  # noqa: B008
+        scorer = build_scorer(options, self.layout).double()
         with torch.no_grad():
             for parameter in scorer.parameters():
                 # for up, about half of the entries then exceed the threshold
@@ -155,7 +153,7 @@ class TestFactors:
 
     @pytest.mark.parametrize("tile", [1, 3])
     def test_coefficients_pass_gradient_only_where_they_are_kept(self, tile):
-        scorer = self.make_scorer(basis=12, reduced_dim=4, coef_topk=3)
+        scorer = self.make_scorer(LowRank(basis=12, reduced_dim=4, coef_topk=3))
         q, k, _ = make_qkv(self.layout, batch=2, dtype=torch.float64)
         members = self.layout.square_tokens(tile, q.device)
         query = torch.stack([q[:, :, row[row >= 0]].mean(2) for row in members], 2)
@@ -177,8 +175,8 @@ class TestFactors:
         ):
             assert relative_error(actual_gradient, wanted) < 1e-10
 
-    def test_legacy_learns_all_coefficients_and_the_signed_basis(self):
-        scorer = self.make_scorer(legacy=True)
+    def test_the_released_one_learns_all_coefficients_and_the_signed_basis(self):
+        scorer = self.make_scorer(Released())
         q, k, _ = make_qkv(self.layout, dtype=torch.float64)
         coefficients, basis = scorer.factors(q, k, self.layout, 1)
         assert torch.equal(coefficients, scorer.coefficients(q, k, self.layout))
@@ -195,7 +193,7 @@ class TestFactors:
     def test_other_scorers_have_no_factors(self):
         q, k, _ = make_qkv(self.layout)
         with pytest.raises(TypeError, match="PooledScorer has nothing to learn"):
-            PooledScorer().factors(q, k, self.layout, 1)
+            build_scorer(Pooled(), self.layout).factors(q, k, self.layout, 1)
 
 
 def rates(stage, steps_per_epoch, warmup_lr):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import sparsifiner
 from sparsifiner.data import open_images
+from sparsifiner.scorers import LowRank
 from sparsifiner.training import Recipe, Stage, loop, train
 from sparsifiner.training.progress import Progress
 from sparsifiner.training.run import RunFolder
@@ -31,7 +32,7 @@ def small_model():
         "deit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=24, num_heads=2,
         num_classes=10, **EVERYTHING,
     )  # fmt: skip
-    return sparsifiner.sparsify(model, preset="paper", keep=0.5, basis=8, coef_topk=4)
+    return sparsifiner.sparsify(model, preset="paper", keep=0.5, scorer=LowRank(basis=8, coef_topk=4))
 
 
 def recipe(**options):

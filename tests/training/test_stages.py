@@ -12,6 +12,7 @@ import sparsifiner
 from sparsifiner.attention import SparseAttention
 from sparsifiner.measure.recall import mask_recall
 from sparsifiner.models.adapter import is_scorer
+from sparsifiner.scorers import LowRank
 from sparsifiner.training import LossWeights, Recipe, Stage
 from sparsifiner.training.loop import choose_stages
 from sparsifiner.training.recipe import STAGE_KINDS
@@ -124,7 +125,7 @@ def assert_same_gradients(parameters, actual, expected, tolerance):
 
 @pytest.mark.parametrize("tile", [1, 2])
 def test_reconstruct_has_the_gradients_of_the_method(tile):
-    model = make_sparse(tile=tile, basis=12, coef_topk=4).double()
+    model = make_sparse(tile=tile, scorer=LowRank(basis=12, coef_topk=4)).double()
     images = make_images(SIZE, batch=3).double()
     loss = train_step(model, STAGE_KINDS["reconstruct"], images, make_targets(3, torch.float64))
     parameters = learned(model, scorer=True)
@@ -192,7 +193,7 @@ def test_classify_and_joint_have_the_gradients_of_their_parts():
 
 
 def test_joint_fits_what_the_student_scores_to_what_the_teacher_attends_to():
-    model = make_sparse(basis=12, coef_topk=4, keep=0.3).double()
+    model = make_sparse(scorer=LowRank(basis=12, coef_topk=4), keep=0.3).double()
     teacher = Teacher(model)
     shift(model)
     images = make_images(SIZE).double()
@@ -201,7 +202,7 @@ def test_joint_fits_what_the_student_scores_to_what_the_teacher_attends_to():
 
 
 def test_self_fits_the_students_own_unmasked_attention():
-    model = make_sparse(basis=12, coef_topk=4, keep=0.3).double()
+    model = make_sparse(scorer=LowRank(basis=12, coef_topk=4), keep=0.3).double()
     images = make_images(SIZE).double()
     train_step(model, STAGE_KINDS["self"], images, make_targets(dtype=torch.float64))
     _check_scorer_gradients(model, images, None, 0.336)

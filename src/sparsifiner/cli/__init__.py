@@ -4,14 +4,17 @@ import dataclasses
 import inspect
 import logging
 import sys
+from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from docstring_parser import parse
 from jsonargparse import ActionYesNo, ArgumentParser, Namespace
 
+from sparsifiner.choices import Choices
 from sparsifiner.cli.bench import bench_model, bench_ops
 from sparsifiner.cli.calibrate import calibrate
+from sparsifiner.cli.choices import PARSER_MODE, HelpFormatter, join_choices, list_choices
 from sparsifiner.cli.commands import demo, evaluate, info, macs, train
 from sparsifiner.cli.compare import compare
 from sparsifiner.measure.parity import ParityError
@@ -45,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("sparsifiner").setLevel(logging.INFO)
     given = sys.argv[1:] if arguments is None else arguments
     parser = _make_parser()
-    options = parser.parse_args(_join_lists([_with_underscores(argument) for argument in given]))
+    words = _join_lists([_with_underscores(argument) for argument in given])
+    options = parser.parse_args(join_choices(words))
     try:
         command, chosen = _choose(COMMANDS, parser.instantiate(options))
         command(**_bind(command, chosen))
@@ -81,15 +85,45 @@ def _add_commands(parser: ArgumentParser, commands: Mapping[str, Command | Mappi
             _add_commands(group_parser, function)  # the outer level must know it first
             continue
         summary = (inspect.getdoc(function) or "").partition("\n")[0]
-        command = ArgumentParser(description=summary)
-        command.add_argument("--config", action="config", help="YAML file of these options")
         groups = _option_groups(function)
+        command = _command_parser(summary, groups)
+        command.add_argument("--config", action="config", help="YAML file of these options")
         for group in groups.values():
             command.add_class_arguments(group, skip=_flags(group))
             _add_flags(command, group)
         command.add_function_arguments(function, skip={*groups, *_flags(function)})
         _add_flags(command, function)
         subcommands.add_subcommand(name, command, help=summary)
+        if command.epilog:  # it would have been the outer parser's
+            command.formatter_class = HelpFormatter
+
+
+def _command_parser(summary: str, groups: Mapping[str, Any]) -> ArgumentParser:
+    """A parser that knows choices, and the old flags that the groups have."""
+    choices = {name: each for group in groups.values() for name, each in _choices_of(group).items()}
+    if not choices:
+        return ArgumentParser(description=summary)
+    command = ArgumentParser(
+        description=summary,
+        epilog=list_choices(choices),
+        parser_mode=PARSER_MODE,
+    )
+    for flag, hint in (old for group in groups.values() for old in _old_flags(group).items()):
+        if hint is bool:
+            command.add_argument(f"--{flag}", action="store_true", help=SUPPRESS)
+        else:
+            command.add_argument(f"--{flag}", type=hint, default=None, help=SUPPRESS)
+    return command
+
+
+def _choices_of(group: Any) -> dict[str, Choices[Any]]:
+    choices: dict[str, Choices[Any]] = getattr(group, "CHOICES", {})
+    return choices
+
+
+def _old_flags(group: Any) -> dict[str, Any]:
+    flags: dict[str, Any] = getattr(group, "OLD_FLAGS", {})
+    return flags
 
 
 def _choose(
@@ -127,7 +161,8 @@ def _bind(command: Callable[..., None], options: Namespace) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for name, group in _option_groups(command).items():
         fields = [field.name for field in dataclasses.fields(group)]
-        arguments[name] = group(**{field: given.pop(field) for field in fields})
+        values = {field: given.pop(field) for field in [*fields, *_old_flags(group)]}
+        arguments[name] = group.of(values) if _old_flags(group) else group(**values)
     return {**arguments, **given}
 
 

@@ -1,18 +1,23 @@
 """Options that several commands share."""
 
 import dataclasses
+import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from sparsifiner.config import ScorerName, SparsifyConfig, make_config
+from sparsifiner.choices import Choices
+from sparsifiner.config import SparsifyConfig, make_config, scorer_of
 from sparsifiner.data import ImageSet, evaluation_transform, open_images
 from sparsifiner.models.adapter import read_adapter_config
 from sparsifiner.models.loading import load_model
-from sparsifiner.tokens import read_tokens
+from sparsifiner.old_spellings import OLD_FLAGS, modern_settings, old_flags_given
+from sparsifiner.scorers import SCORERS
+from sparsifiner.tokens import TOKENS
 
 
 @dataclass(frozen=True)
@@ -85,20 +90,13 @@ class SparsityOptions:
         profile: how one number is spread over the layers, "even" or "falling".
         tile: side in patches of the square of queries that share a key list.
         summary: side in patches of the summary windows, "auto", or "none".
-        scorer: who chooses the keys.
-        pool: side in patches of the squares whose mean queries score for "impact"; half the tile's by
-            default.
+        scorer: who chooses the keys, by a name of the list below; its options are --scorer.OPTION, which
+            change the preset's scorer where none is named.
         share: consecutive layers that attend by the lists of the first of them.
         backend: "auto", "reference", "torch", "cpu" (native code, for inference) or, on a GPU, "triton".
         min_tokens: layers that see fewer tokens stay dense.
-        basis: basis size of the low-rank scorer.
-        reduced_dim: head dim of its reduced queries and keys.
-        coef_topk: coefficients that it keeps per row.
-        basis_threshold: basis entries of at most this magnitude count as zero.
-        scorer_seed: seed of the scorers "random" and "bigbird".
-        legacy: the scorer exactly as released.
-        tokens: fewer tokens from block to block: "evit", "dynamicvit", "tome", or one with options as JSON:
-            '{"method": "evit", "keep": 0.5}'.
+        tokens: fewer tokens from block to block, by a name of the list below; its options are
+            --tokens.OPTION. Both may be JSON too: '{"method": "evit", "keep": 0.5}'.
     """
 
     preset: Literal["fast", "paper", "dense"] = "fast"
@@ -106,25 +104,46 @@ class SparsityOptions:
     profile: Literal["even", "falling"] | None = None
     tile: int | None = None
     summary: int | Literal["auto", "none"] | None = None
-    scorer: ScorerName | None = None
-    pool: int | None = None
+    scorer: str | dict[str, Any] | None = None
     share: int | None = None
     backend: str | None = None
     min_tokens: int | None = None
-    basis: int | None = None
-    reduced_dim: int | None = None
-    coef_topk: int | None = None
-    basis_threshold: float | None = None
-    scorer_seed: int | None = None
-    legacy: bool = False
-    tokens: Literal["evit", "dynamicvit", "tome"] | dict[str, Any] | None = None
+    tokens: str | dict[str, Any] | None = None
+
+    # hidden options of the command line, for this release
+    OLD_FLAGS: ClassVar[dict[str, Any]] = {flag: hint for flag, (_, hint) in OLD_FLAGS.items()}
+    # the options that are choices, whose own options are listed below the others
+    CHOICES: ClassVar[dict[str, Choices[Any]]] = {"scorer": SCORERS, "tokens": TOKENS}
+
+    def __post_init__(self) -> None:
+        """Makes mappings of plain names, in which the settings of a run tell what the preset left open."""
+        chosen = modern_settings({"scorer": self.scorer, "tokens": self.tokens}, scorer_of(self.preset))
+        for name, value in chosen.items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "SparsityOptions":
+        """The options of a command line or its file, where old ones are named on standard error.
+
+        Args:
+            values: by name, old ones among them.
+        """
+        given = old_flags_given(values)
+        options = modern_settings(values, scorer_of(values["preset"]))
+        if given:
+            old = " ".join(f"--{flag.replace('_', '-')}" for flag in given)
+            new = json.dumps(options["scorer"])
+            print(
+                f"sparsifiner: the next release does not know {old}; write --scorer '{new}'", file=sys.stderr
+            )
+        return cls(**options)
 
     def given(self) -> dict[str, Any]:
         """The options that were given, but for the preset."""
         return {
             name: value
             for name, value in dataclasses.asdict(self).items()
-            if name != "preset" and value is not None and value is not False
+            if name != "preset" and value is not None
         }
 
     def to_config(self, adapter: str | None = None) -> SparsifyConfig | None:
@@ -150,11 +169,9 @@ class SparsityOptions:
             return None
         if options.get("summary") == "none":
             options["summary"] = None
-        if "scorer_seed" in options:
-            options["seed"] = options.pop("scorer_seed")
-        if "tokens" in options:
-            tokens = options["tokens"]
-            options["tokens"] = read_tokens({"method": tokens} if isinstance(tokens, str) else tokens)
+        for name, choices in self.CHOICES.items():
+            if name in options:
+                options[name] = choices.read(options[name])
         return make_config(self.preset, **options)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from sparsifiner.hosts import host_of
 from sparsifiner.models.linformer import linformer
 from sparsifiner.patch import about_to_train, sparsify
+from sparsifiner.scorers import BigBird, Impact, Oracle, Pooled, Random, Released, Strided, Window
 from sparsifiner.tokens import DynamicViT, EViT, TokenMethod, ToMe
 
 
@@ -77,12 +78,12 @@ class Method:
 
 
 def _lists(drop: Drop | None = None, **options: Any) -> Build:
-    """Key lists of a scorer, by tile and with our summaries unless the options say otherwise."""
+    """Key lists, by tile, with our summaries and by impact unless the options or a preset say otherwise."""
 
     def build(model: nn.Module, budget: Budget, geometry: Geometry) -> nn.Module:
         chosen = {"tile": geometry.tile, "summary": geometry.summary, **options}
-        if chosen.get("scorer", "impact") == "impact":
-            chosen["pool"] = geometry.pool
+        if "scorer" not in chosen and "preset" not in chosen:
+            chosen["scorer"] = Impact(pool=geometry.pool)
         if drop is not None and budget.token_keep is not None:
             chosen["tokens"] = drop(budget.token_keep, model)
         with about_to_train():
@@ -122,21 +123,24 @@ METHODS: dict[str, Method] = {
     "fast": Method(_lists(), "keys", ours=True),
     "fast+evit": Method(_lists(lambda keep, model: EViT(keep=keep)), "both", ours=True),
     "fast+tome": Method(_lists(_merges), "both", ours=True),
-    "pooled": Method(_lists(scorer="pooled"), "keys", ours=True),
+    "pooled": Method(_lists(scorer=Pooled()), "keys", ours=True),
     "paper": Method(_lists(preset="paper", tile=1, summary=None), "keys", ours=True, untrained=False),
     "paper+falling+summaries": Method(
         _lists(preset="paper", tile=1, profile="falling"), "keys", ours=True, untrained=False
     ),
     # its authors' code is faster than the reference, by which it runs here
     "released": Method(
-        _lists(preset="paper", tile=1, summary=None, legacy=True), "keys", untrained=False, is_timed=False
+        _lists(preset="paper", tile=1, summary=None, scorer=Released()),
+        "keys",
+        untrained=False,
+        is_timed=False,
     ),
     "linformer": Method(_build_linformer, "keys"),
-    "window": Method(_lists(scorer="window", **_PATTERN), "keys"),
-    "strided": Method(_lists(scorer="strided", **_PATTERN), "keys"),
-    "random": Method(_lists(scorer="random", **_PATTERN), "keys"),
-    "bigbird": Method(_lists(scorer="bigbird", **_PATTERN), "keys"),
-    "oracle": Method(_lists(scorer="oracle", **_PATTERN), "keys", is_bound=True),
+    "window": Method(_lists(scorer=Window(), **_PATTERN), "keys"),
+    "strided": Method(_lists(scorer=Strided(), **_PATTERN), "keys"),
+    "random": Method(_lists(scorer=Random(), **_PATTERN), "keys"),
+    "bigbird": Method(_lists(scorer=BigBird(), **_PATTERN), "keys"),
+    "oracle": Method(_lists(scorer=Oracle(), **_PATTERN), "keys", is_bound=True),
     "evit": Method(_tokens(lambda keep, model: EViT(keep=keep)), "tokens"),
     "dynamicvit": Method(_tokens(lambda keep, model: DynamicViT(keep=keep)), "tokens", untrained=False),
     "tome": Method(_tokens(_merges), "tokens"),

@@ -1,7 +1,6 @@
 """Connectivity: for every row of queries, the keys that it attends to."""
 
 from dataclasses import InitVar, dataclass, field
-from fractions import Fraction
 from typing import Any, Self
 
 import torch
@@ -11,14 +10,6 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from sparsifiner.geometry.curve import CurveLayout
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.geometry.layout import Layout
-
-
-def exact_ratio(keep: float) -> tuple[int, int]:
-    """The fraction that was meant by a float, as two integers: .1 is 1/10, not its binary neighbour.
-
-    Integers also keep `torch.compile` from turning a changed `keep` into a symbolic float.
-    """
-    return Fraction(keep).limit_denominator(10**6).as_integer_ratio()
 
 
 def key_budget(keep: tuple[int, int], tokens: int, forced: int) -> int:

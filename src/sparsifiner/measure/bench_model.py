@@ -1,6 +1,7 @@
 """Times whole models: dense as timm makes them and sparse, each as it is and compiled."""
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,13 +17,13 @@ from sparsifiner.config import SparsifyConfig, config_to_dict
 from sparsifiner.device import choose_device
 from sparsifiner.hosts import host_of
 from sparsifiner.measure.candidates import Candidate, time_candidates
-from sparsifiner.measure.inputs import spread_as_trained
 from sparsifiner.measure.parity import check_model
 from sparsifiner.measure.records import Row, command_of, provenance
 from sparsifiner.measure.settings import DTYPES, Precision, check_settings, cpu_threads, one_for_each
 from sparsifiner.models.loading import load_model
 from sparsifiner.ops.backend import resolve_backend
 from sparsifiner.patch import about_to_train, sparse_layers, sparsify
+from sparsifiner.scorers import SCORERS
 
 THROUGHPUT, LATENCY, TRAINING = "throughput", "latency", "training step"
 DENSE, SPARSE = "dense", "sparse"
@@ -108,8 +109,7 @@ def benchmark_model(settings: ModelBenchmark, config: SparsifyConfig) -> Iterato
     """
     device = choose_device(settings.device)
     resolve_backend(config.backend, "sparse_attention", device)
-    renamed = {"seed": "scorer_seed"}
-    options = command_of("", config, renamed=renamed).removeprefix("sparsifiner")
+    options = command_of("", config).removeprefix("sparsifiner")
     source = {**provenance(device), "command": command_of("bench model", settings) + options}
     with cpu_threads(settings.threads):
         for size, batch in tqdm(settings.cases(), desc="sizes", disable=None, leave=False):
@@ -130,7 +130,7 @@ def make_pair(settings: ModelBenchmark, config: SparsifyConfig, size: int) -> di
             raise ValueError(f"model={settings.model!r} is sparse already; give --model {name}")
         sparse = sparsify(copy.deepcopy(dense), config)
         for layer in sparse_layers(sparse):
-            spread_as_trained(layer.scorer)
+            layer.scorer.imitate_training()
     dtype = DTYPES[settings.dtype]
     return {DENSE: dense.to(dtype), SPARSE: sparse.to(dtype)}
 
@@ -166,6 +166,9 @@ def _measure(
         "dtype": settings.dtype,
         "weights": f"random, cast to {settings.dtype}",
         **{"token_method" if name == "tokens" else name: value for name, value in options.items()},
+        # its name, and its options beside it
+        "scorer": SCORERS.name_of(config.scorer),
+        **dataclasses.asdict(config.scorer),
         "keep": list(config.keep) if isinstance(config.keep, tuple) else config.keep,
         "parity_error": None if parity is None else parity.error,
         "parity_budget": None if parity is None else parity.budget,

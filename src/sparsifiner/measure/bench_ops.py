@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.device import choose_device
-from sparsifiner.geometry.connectivity import Connectivity, exact_ratio, forced_prefix, key_budget
+from sparsifiner.geometry.connectivity import Connectivity, forced_prefix, key_budget
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.measure.candidates import Candidate, time_candidates
-from sparsifiner.measure.inputs import projected_inputs, spread_as_trained
+from sparsifiner.measure.inputs import projected_inputs
 from sparsifiner.measure.parity import Parity, check_operation
 from sparsifiner.measure.records import Row, command_of, provenance
 from sparsifiner.measure.rivals import (
@@ -31,7 +31,8 @@ from sparsifiner.measure.settings import DTYPES, Precision, check_settings, cpu_
 from sparsifiner.ops import sparse_attention
 from sparsifiner.ops.backend import resolve_backend
 from sparsifiner.ops.sparse_attention.api import attend_scored
-from sparsifiner.scorers import ListSpec, Scorer, make_scorer
+from sparsifiner.ratios import exact_ratio
+from sparsifiner.scorers import SCORERS, ListSpec, Place, Scorer
 
 EVERYTHING = "everything"
 FORWARD, BACKWARD = "forward", "forward + backward"
@@ -109,7 +110,7 @@ class OpsBenchmark:
             profile="even",
             tile=self.tile,
             summary=None if self.summary == "none" else self.summary,
-            scorer=self.scorer,
+            scorer=SCORERS.read(self.scorer),
             share=self.share,
             backend=self.backend,
         )
@@ -296,8 +297,8 @@ def _gradients(attention: Attention, inputs: Inputs, upstream: Tensor) -> tuple[
 def _make_scorer(case: Case, settings: OpsBenchmark, device: torch.device) -> Scorer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        scorer = make_scorer(case.config, 0, case.layout, settings.heads, settings.head_dim)
-        spread_as_trained(scorer)
+        scorer = case.config.scorer.build(Place(0, case.layout, settings.heads, settings.head_dim))
+        scorer.imitate_training()
     return scorer.to(device, DTYPES[settings.dtype]).requires_grad_(False)
 
 
@@ -318,7 +319,7 @@ def _describe(case: Case, settings: OpsBenchmark, spec: ListSpec, sets: int, par
         "tile": case.config.tile,
         "share": case.config.share,
         "summary": case.summary,
-        "scorer": case.config.scorer,
+        "scorer": SCORERS.name_of(case.config.scorer),
         "backend": case.config.backend,
         "parity_error": parity.error,
         "parity_budget": parity.budget,

@@ -1,17 +1,13 @@
-"""What benchmarks compute with: random inputs and parameters, spread as real ones are."""
+"""What benchmarks compute with: random inputs, as attention layers make them."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from sparsifiner.scorers import LowRankScorer, Scorer
-
 # Sets of inputs together exceed the caches, as long as they are no more than these.
 _CACHE_BYTES = {"cpu": 2**26, "cuda": 2**28}
 _FEWEST_SETS, _MOST_SETS = 2, 8
-# Standard deviation of the basis before its sign is dropped; entries of at most .02 count as zero.
-_TRAINED_SPREAD = 0.05
 
 
 def projected_inputs(
@@ -35,10 +31,3 @@ def projected_inputs(
         q, k, v = projection.permute(2, 0, 3, 1, 4).unbind(0)
         sets.append((q, k, v))
     return sets
-
-
-@torch.no_grad()
-def spread_as_trained(scorer: Scorer) -> None:
-    """Gives the basis of a low-rank scorer entries on both sides of its threshold, as training does."""
-    if isinstance(scorer, LowRankScorer):
-        scorer.up.copy_(_TRAINED_SPREAD * torch.randn_like(scorer.up).abs())

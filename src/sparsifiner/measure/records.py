@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from filelock import FileLock
 
 from sparsifiner.config import SparsifyConfig, make_config
 from sparsifiner.files import write_aside
-from sparsifiner.tokens import TokenMethod, describe_tokens
+from sparsifiner.scorers import SCORERS, ScorerOptions
+from sparsifiner.tokens import TOKENS, TokenMethod
 
 Row = dict[str, Any]
 
@@ -39,13 +40,12 @@ def provenance(device: torch.device | str) -> Row:
     }
 
 
-def command_of(name: str, *groups: object, renamed: Mapping[str, str] | None = None) -> str:
+def command_of(name: str, *groups: object) -> str:
     """The command line that measures this again: the options that are not the defaults.
 
     Args:
         name: words of the command.
         *groups: dataclasses whose fields are options.
-        renamed: options that have another name than their field.
     """
     words = ["sparsifiner", *name.split()]
     for group in groups:
@@ -56,7 +56,7 @@ def command_of(name: str, *groups: object, renamed: Mapping[str, str] | None = N
         for field in dataclasses.fields(group):
             value = getattr(group, field.name)
             if value != getattr(usual, field.name):
-                words += _words_of((renamed or {}).get(field.name, field.name).replace("_", "-"), value)
+                words += _words_of(field.name.replace("_", "-"), value)
     return shlex.join(words)
 
 
@@ -67,9 +67,22 @@ def _words_of(flag: str, value: Any) -> list[str]:
         return [f"--{flag}", *(str(each) for each in value)]
     if value is None:
         return [f"--{flag}", "none"]
+    if isinstance(value, ScorerOptions):
+        return _words_of_choice(flag, SCORERS.name_of(value), value)
     if isinstance(value, TokenMethod):
-        value = describe_tokens(value)
+        return _words_of_choice(flag, TOKENS.name_of(value), value)
     return [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def _words_of_choice(flag: str, name: str, option: Any) -> list[str]:
+    """The name, and the options that are not the defaults."""
+    words = [f"--{flag}", name]
+    for field in dataclasses.fields(option):
+        value = getattr(option, field.name)
+        if value != field.default:
+            text = value if isinstance(value, str) else json.dumps(value)
+            words += [f"--{flag}.{field.name.replace('_', '-')}", text]
+    return words
 
 
 def read_rows(file: Path) -> list[Row]:

@@ -3,19 +3,18 @@
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sparsifiner.attention import SparseAttention
 from sparsifiner.config import SparsifyConfig, config_from_dict, config_to_dict
 from sparsifiner.files import check_absent, write_aside
 from sparsifiner.patch import sparse_layers
+from sparsifiner.scorers import Place
 
 _KEY = "sparsifiner"
-_SCORER_TENSORS = {
-    *("native_grid", "down", "up"),
-    *(f"{projection}.{name}" for projection in ("query", "key") for name in ("weight", "bias")),
-}
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
@@ -39,7 +38,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
             "weights; save model.state_dict() instead"
         )
     scorers = {name: tensor.detach().cpu().contiguous() for name, tensor in scorer_weights(model).items()}
-    strange = [name for name in scorers if name.rpartition(".scorer.")[2] not in _SCORER_TENSORS]
+    known = _tensors_of_a_scorer(layer)
+    strange = [name for name in scorers if name.rpartition(".scorer.")[2] not in known]
     if strange:
         raise ValueError(
             f"model has scorers with parts of a wrapper, such as {strange[0]}; merge or remove the wrapper"
@@ -47,6 +47,13 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {_KEY: json.dumps(config_to_dict(layer.config))}
     write_aside(path, lambda file: save_file(scorers, file, metadata))
+
+
+def _tensors_of_a_scorer(layer: SparseAttention) -> set[str]:
+    """Names of the tensors that a scorer has which nobody has wrapped."""
+    with torch.device("meta"):
+        scorer = layer.config.scorer.build(Place(0, layer.place.native, layer.num_heads, layer.head_dim))
+    return set(scorer.state_dict())
 
 
 def is_scorer(name: str) -> bool:

@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsifiner.geometry.connectivity import exact_ratio
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.hosts import host_of
 from sparsifiner.hosts.timm_vit import TimmAttentionParts
 from sparsifiner.ops.dense import dense_attention
+from sparsifiner.ratios import exact_ratio
 
 
 class LinformerAttention(TimmAttentionParts):

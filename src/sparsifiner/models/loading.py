@@ -19,7 +19,7 @@ from sparsifiner.config import SparsifyConfig
 from sparsifiner.hosts import find_host, host_of
 from sparsifiner.models.adapter import is_predictor, is_scorer, read_adapter_config
 from sparsifiner.patch import about_to_train, plan_sparsity, sparsify
-from sparsifiner.scorers import LowRankScorer
+from sparsifiner.scorers import SCORERS, Scorer
 
 _SHOWN_KEYS = 3
 _RELEASED = ".mask_predictor."  # the scorer's name in released checkpoints
@@ -88,7 +88,7 @@ def load_model(
         _load_checked(model, state, f"weights={str(weights)!r}", may_resample=not resample)
     if scorers is not None:
         learning = {
-            f"{name}.": module for name, module in model.named_modules() if isinstance(module, LowRankScorer)
+            f"{name}.": module for name, module in model.named_modules() if isinstance(module, Scorer)
         }
         _check_scorers(learning, scorers, f"adapter={str(adapter)!r}")
         _load_scorers(learning, scorers)
@@ -168,7 +168,6 @@ def load_adapter(model: nn.Module, path: str | Path) -> nn.Module:
     learning = {
         f"{name}.scorer.": layer.scorer
         for name, layer in zip(plan.host.attention_names, plan.layers, strict=True)
-        if isinstance(layer.scorer, LowRankScorer)
     }
     _check_scorers(learning, scorers, f"path={str(path)!r}")
     with about_to_train(predictor=False):  # the scorer's weights are about to come
@@ -191,11 +190,12 @@ def _config_of_adapter(path: str | Path, config: SparsifyConfig | None) -> Spars
 
 def _read_adapter(path: str | Path, config: SparsifyConfig | None) -> dict[str, Tensor]:
     scorers = read_weights(path)
-    if not scorers and config is not None and config.scorer != "lowrank":  # scorers without parameters
+    learns = config is not None and config.scorer.LEARNS
+    if not scorers and config is not None and not learns:
         return scorers
-    if config is None or config.scorer != "lowrank":
-        chosen = "preset='dense'" if config is None else f"scorer={config.scorer!r}"
-        raise ValueError(f"adapter={str(path)!r} holds low-rank scorers, but {chosen}; use preset='paper'")
+    if not learns:
+        chosen = "preset='dense'" if config is None else f"scorer={SCORERS.name_of(config.scorer)!r}"
+        raise ValueError(f"adapter={str(path)!r} holds learned scorers, but {chosen}; use preset='paper'")
     strange = [key for key in scorers if not is_scorer(key)]
     if strange:
         raise ValueError(
@@ -213,7 +213,7 @@ def _load_checked(
     for name, module in model.named_modules():
         if isinstance(module, SparseAttention):
             rename_released_keys(module, state, f"{name}.")
-        if isinstance(module, LowRankScorer):
+        if isinstance(module, Scorer):
             scorers[f"{name}."] = module
     problems = _misfits(own, scorers, state)
     if problems:
@@ -227,11 +227,11 @@ def _load_checked(
         missing = [key for key in missing if not is_scorer(key)]
     if not any(is_predictor(key) for key in state):
         missing = [key for key in missing if not is_predictor(key)]
-    _check_names(missing, state.keys() - own.keys(), source)
+    _check_names(missing, state.keys() - own.keys(), scorers, source)
     model.load_state_dict(state, strict=False)
 
 
-def _check_scorers(scorers: Mapping[str, LowRankScorer], state: Mapping[str, Tensor], source: str) -> None:
+def _check_scorers(scorers: Mapping[str, Scorer], state: Mapping[str, Tensor], source: str) -> None:
     """Checks that a state is the whole state of these scorers, whose names begin with the keys."""
     own = {
         prefix + name: tensor
@@ -241,27 +241,24 @@ def _check_scorers(scorers: Mapping[str, LowRankScorer], state: Mapping[str, Ten
     problems = _misfits(own, scorers, state)
     if problems:
         raise ValueError(f"{source} does not fit the model: {_shorten(problems)}")
-    _check_names([key for key in own if key not in state], state.keys() - own.keys(), source)
+    _check_names([key for key in own if key not in state], state.keys() - own.keys(), scorers, source)
 
 
-def _load_scorers(scorers: Mapping[str, LowRankScorer], state: Mapping[str, Tensor]) -> None:
+def _load_scorers(scorers: Mapping[str, Scorer], state: Mapping[str, Tensor]) -> None:
     for prefix, scorer in scorers.items():
         own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         scorer.load_state_dict(own)
 
 
 def _misfits(
-    own: Mapping[str, Tensor], scorers: Mapping[str, LowRankScorer], state: Mapping[str, Tensor]
+    own: Mapping[str, Tensor], scorers: Mapping[str, Scorer], state: Mapping[str, Tensor]
 ) -> list[str]:
     """What of a state does not fit the tensors of the same names; scorers take over the size of theirs."""
     problems: list[str] = []
     sized: set[str] = set()
     for prefix, scorer in scorers.items():
-        sized.update(prefix + name for name in ("native_grid", "down", "up"))
-        try:
-            scorer.layout_of(state, prefix)
-        except ValueError as error:
-            problems.append(str(error))
+        sized.update(prefix + name for name in scorer.SIZED_BY_FILES)
+        problems += scorer.misfits(state, prefix)
     for key in state.keys() & own.keys():
         there, here = state[key], own[key]
         if key not in sized and there.shape != here.shape:
@@ -276,8 +273,11 @@ def _kind(tensor: Tensor) -> tuple[bool, bool, bool]:
     return tensor.is_floating_point(), tensor.is_complex(), tensor.dtype == torch.bool
 
 
-def _check_names(missing: Iterable[str], unexpected: Iterable[str], source: str) -> None:
-    missing = [key for key in missing if not key.endswith(".scorer.native_grid")]  # older files do not tell
+def _check_names(
+    missing: Iterable[str], unexpected: Iterable[str], scorers: Mapping[str, Scorer], source: str
+) -> None:
+    lacked = {prefix + name for prefix, scorer in scorers.items() for name in scorer.LACKED_BY_FILES}
+    missing = [key for key in missing if key not in lacked]
     problems = [f"{key} is missing from the file" for key in missing]
     problems += [f"{key} is unknown to the model" for key in sorted(unexpected)]
     if problems:

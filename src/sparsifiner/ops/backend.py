@@ -9,9 +9,9 @@ from importlib.util import find_spec
 import torch
 
 from sparsifiner import tuned
+from sparsifiner.backend_names import BACKENDS
 from sparsifiner.ops import native
 
-BACKENDS = ("reference", "torch", "cpu", "triton")
 HAS_TRITON = find_spec("triton") is not None
 
 _logger = logging.getLogger(__name__)

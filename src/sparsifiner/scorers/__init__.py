@@ -1,65 +1,91 @@
-"""Scorers: which keys matter to a row of queries."""
+"""Scorers: which keys matter to a row of queries.
 
-from collections.abc import Callable
+Options cost no torch; the modules that are made of them are loaded when they are first used.
+"""
 
-from sparsifiner.config import SparsifyConfig
-from sparsifiner.geometry.grid import TokenLayout
-from sparsifiner.scorers.base import ListSpec, Origin, Scorer
-from sparsifiner.scorers.impact import ImpactScorer
-from sparsifiner.scorers.lowrank import LowRankScorer
-from sparsifiner.scorers.patterns import (
-    BigBirdScorer,
-    OracleScorer,
-    RandomScorer,
-    StridedScorer,
-    WindowScorer,
-)
-from sparsifiner.scorers.pooled import PooledScorer
-from sparsifiner.scorers.shared import BorrowingScorer, SharedLists
+from typing import TYPE_CHECKING
+
+from sparsifiner.choices import Choices
+from sparsifiner.lazy import loader
+from sparsifiner.scorers.impact.options import Impact
+from sparsifiner.scorers.lowrank.options import LowRank
+from sparsifiner.scorers.options import Place, ScorerOptions
+from sparsifiner.scorers.oracle.options import Oracle
+from sparsifiner.scorers.patterns.options import BigBird, Random, Strided, Window
+from sparsifiner.scorers.pooled.options import Pooled
+from sparsifiner.scorers.released.options import Released
+
+if TYPE_CHECKING:
+    from sparsifiner.scorers.base import ListSpec, Origin, Scorer
+    from sparsifiner.scorers.impact.scorer import ImpactScorer
+    from sparsifiner.scorers.lowrank.scorer import LowRankScorer
+    from sparsifiner.scorers.oracle.scorer import OracleScorer
+    from sparsifiner.scorers.patterns.scorer import BigBirdScorer, RandomScorer, StridedScorer, WindowScorer
+    from sparsifiner.scorers.pooled.scorer import PooledScorer
+    from sparsifiner.scorers.released.scorer import ReleasedScorer
+    from sparsifiner.scorers.shared import BorrowingScorer, SharedLists
 
 __all__ = [
+    "SCORERS",
+    "BigBird",
     "BigBirdScorer",
     "BorrowingScorer",
+    "Impact",
     "ImpactScorer",
     "ListSpec",
+    "LowRank",
     "LowRankScorer",
+    "Oracle",
     "OracleScorer",
     "Origin",
+    "Place",
+    "Pooled",
     "PooledScorer",
+    "Random",
     "RandomScorer",
+    "Released",
+    "ReleasedScorer",
     "Scorer",
+    "ScorerOptions",
     "SharedLists",
+    "Strided",
     "StridedScorer",
+    "Window",
     "WindowScorer",
-    "make_scorer",
 ]
 
-_WITHOUT_OPTIONS: dict[str, Callable[[], Scorer]] = {
-    "pooled": PooledScorer,
-    "oracle": OracleScorer,
-    "window": WindowScorer,
-    "strided": StridedScorer,
+SCORERS: Choices[ScorerOptions] = Choices(
+    "scorer",
+    ScorerOptions,
+    {
+        "impact": Impact,
+        "lowrank": LowRank,
+        "released": Released,
+        "pooled": Pooled,
+        "oracle": Oracle,
+        "window": Window,
+        "strided": Strided,
+        "random": Random,
+        "bigbird": BigBird,
+    },
+)
+
+_PATTERNS = "sparsifiner.scorers.patterns.scorer"
+_HOMES = {
+    "BigBirdScorer": _PATTERNS,
+    "BorrowingScorer": "sparsifiner.scorers.shared",
+    "ImpactScorer": "sparsifiner.scorers.impact.scorer",
+    "ListSpec": "sparsifiner.scorers.base",
+    "LowRankScorer": "sparsifiner.scorers.lowrank.scorer",
+    "OracleScorer": "sparsifiner.scorers.oracle.scorer",
+    "Origin": "sparsifiner.scorers.base",
+    "PooledScorer": "sparsifiner.scorers.pooled.scorer",
+    "RandomScorer": _PATTERNS,
+    "ReleasedScorer": "sparsifiner.scorers.released.scorer",
+    "Scorer": "sparsifiner.scorers.base",
+    "SharedLists": "sparsifiner.scorers.shared",
+    "StridedScorer": _PATTERNS,
+    "WindowScorer": _PATTERNS,
 }
 
-
-def make_scorer(
-    config: SparsifyConfig, layer: int, layout: TokenLayout, num_heads: int, head_dim: int
-) -> Scorer:
-    """Builds the scorer of one layer.
-
-    Args:
-        config: names the scorer and its options.
-        layer: index of the layer.
-        layout: tokens at the model's native image size.
-        num_heads: heads of the layer.
-        head_dim: d.
-    """
-    if config.scorer == "lowrank":
-        return LowRankScorer(layout, num_heads, head_dim, config)
-    if config.scorer == "impact":
-        return ImpactScorer(config.pool)
-    if config.scorer == "random":
-        return RandomScorer(config.seed, layer)
-    if config.scorer == "bigbird":
-        return BigBirdScorer(config.seed, layer)
-    return _WITHOUT_OPTIONS[config.scorer]()
+__getattr__ = loader(__name__, _HOMES)

@@ -1,20 +1,20 @@
 """What a scorer is: scores for rows of queries, turned into key lists."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from sparsifiner import tuned
-from sparsifiner.config import SparsifyConfig
 from sparsifiner.geometry.connectivity import Connectivity, ScoredLists
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.geometry.layout import Layout, Side
 from sparsifiner.ops import select_topk
 from sparsifiner.ops.backend import resolve_backend
 from sparsifiner.ops.precision import without_autocast
+from sparsifiner.scorers.options import Place, ScorerOptions
 
 # scores(start, stop) gives the scores of those rows: [B or 1, H, stop - start, N]
 RowScores = Callable[[int, int], Tensor]
@@ -78,11 +78,25 @@ class Scorer(nn.Module):
 
     Scores are computed and selected from in chunks of rows, so that no [rows, N] tensor exists
     whole: at tile 1 that would be N x N.
+
+    Args:
+        options: those of this scorer.
+        place: where it works.
     """
 
     FUSED_OP = ""  # the operator that scores and selects at once, if there is one
     # whether queries and keys may have more channels, which add to their products what tokens weigh
     TAKES_SIZES = True
+    # names of tensors that take over the size of a file's, and of those that a file may lack
+    SIZED_BY_FILES: tuple[str, ...] = ()
+    LACKED_BY_FILES: tuple[str, ...] = ()
+
+    options: ScorerOptions
+
+    def __init__(self, options: ScorerOptions, place: Place) -> None:
+        super().__init__()
+        self.options = options
+        self.layer = place.layer
 
     @abstractmethod
     def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
@@ -95,11 +109,45 @@ class Scorer(nn.Module):
             spec: the lists wanted.
         """
 
-    def configure(self, config: SparsifyConfig) -> None:
-        """Takes over options that do not shape parameters; most scorers have none."""
+    def configure(self, options: ScorerOptions) -> None:
+        """Takes over options with which `continued` gave this scorer."""
+        self.options = options
+
+    def continued(self, options: ScorerOptions, place: Place) -> "Scorer | None":
+        """A scorer of other options that has the weights of this one, which stays as it is until it is used.
+
+        Args:
+            options: what it shall be.
+            place: where it will work.
+
+        Returns:
+            This one, to be configured, where its weights are shaped as the options ask; one of another kind
+            that shares them; None where they do not fit.
+        """
+        if type(self.options) is not type(options):
+            return None
+        if not options.LEARNS:
+            return self
+        with torch.device("meta"):
+            fresh = options.build(place)
+        own, other = ({name: t.shape for name, t in each.state_dict().items()} for each in (self, fresh))
+        return self if own == other else None
+
+    def misfits(self, state: Mapping[str, Tensor], prefix: str) -> list[str]:
+        """What of the tensors `SIZED_BY_FILES` of a state does not fit together.
+
+        Args:
+            state: the state dict.
+            prefix: what it puts before the names.
+        """
+        return []
+
+    def imitate_training(self) -> None:
+        """Spreads random weights as training spreads them, to measure with; most scorers have none."""
 
     def place_at(self, layer: int) -> None:
-        """Takes over the index of the layer that it scores for; most scorers do not depend on it."""
+        """Takes over the index of the layer that it scores for."""
+        self.layer = layer
 
     @abstractmethod
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:

@@ -4,7 +4,7 @@ import threading
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
@@ -60,7 +60,7 @@ class BorrowingScorer(Scorer):
     """
 
     def __init__(self, lists: SharedLists, place: int, is_last: bool) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # there are neither options nor weights
         self.borrow(lists, place, is_last)
 
     def borrow(self, lists: SharedLists, place: int, is_last: bool) -> None:

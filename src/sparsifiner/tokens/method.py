@@ -1,48 +1,15 @@
-"""What a token method is: a configuration, and the modules it adds to blocks."""
+"""What a token method is: options, which cost no torch, and what they ask of the blocks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from sparsifiner.ratios import exact_ratio
 
-from sparsifiner.geometry.connectivity import exact_ratio
-from sparsifiner.tokens.state import TokenState
-
-
-class TokenReducer(nn.Module):
-    """Drops or merges the tokens of one block; in its place in the block, or nowhere."""
-
-    def before_attention(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        """Tokens [B, N, C] to those that the block's attention sees."""
-        return x, state
-
-    def after_attention(
-        self, x: Tensor, q: Tensor, k: Tensor, scale: float, state: TokenState
-    ) -> tuple[Tensor, TokenState]:
-        """Tokens [B, N, C] behind the attention to those that the block's MLP sees.
-
-        Args:
-            x: the residual stream.
-            q: [B, H, N, d] queries of the block's attention.
-            k: [B, H, N, d] keys.
-            scale: factor of its logits.
-            state: which tokens these are.
-        """
-        return x, state
-
-    def macs(self, counts: "Counts", prefix: int, width: int, head_dim: int) -> int:
-        """Multiply-accumulates per image of choosing, where some tokens go.
-
-        Args:
-            counts: tokens of the block.
-            prefix: prefix tokens, without fused ones.
-            width: channels of a token.
-            head_dim: d.
-        """
-        return 0
+if TYPE_CHECKING:
+    from sparsifiner.tokens.reducer import TokenReducer
 
 
 @dataclass(frozen=True)
@@ -62,11 +29,12 @@ class Counts:
     gone: int = 0
 
 
+@dataclass(frozen=True)
 class TokenMethod(ABC):
     """Which tokens are dropped or merged, and where; a frozen dataclass of its options."""
 
     @abstractmethod
-    def reducer(self, layer: int, depth: int, width: int, patches: int) -> TokenReducer | None:
+    def reducer(self, layer: int, depth: int, width: int, patches: int) -> "TokenReducer | None":
         """The module of one block, None where nothing happens.
 
         Args:

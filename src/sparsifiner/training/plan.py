@@ -16,6 +16,7 @@ from sparsifiner.hosts import host_of
 from sparsifiner.macs import count_macs
 from sparsifiner.models.adapter import is_scorer
 from sparsifiner.patch import sparse_layers, why_not
+from sparsifiner.scorers import SCORERS
 from sparsifiner.training.data import Share
 from sparsifiner.training.loop import train
 from sparsifiner.training.recipe import Recipe, Stage
@@ -116,7 +117,7 @@ def _describe_attention(model: nn.Module) -> str:
         return "dense"
     config = layers[0].config
     summary = "no summaries" if config.summary is None else f"summaries {config.summary}"
-    return f"{config.scorer} scorer, keep {config.keep}, tile {config.tile}, {summary}"
+    return f"{SCORERS.name_of(config.scorer)} scorer, keep {config.keep}, tile {config.tile}, {summary}"
 
 
 def _describe_stage(model: nn.Module, recipe: Recipe, stage: Stage, steps: int | None) -> str:

@@ -8,12 +8,14 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from sparsifiner.config import config_to_dict
+from sparsifiner.config import config_from_dict, config_to_dict
 from sparsifiner.data import ImageSet
 from sparsifiner.patch import sparse_layers
 
 _FILE = "progress.pt"
 _SHOWN = 5
+# what names of the configuration begin with in a subject
+_SPARSITY = "sparsity."
 
 
 def describe_subject(model: nn.Module, images: ImageSet, validation: ImageSet) -> dict[str, Any]:
@@ -24,7 +26,7 @@ def describe_subject(model: nn.Module, images: ImageSet, validation: ImageSet) -
         "validation_images": validation.describe(),
     }
     for layer in sparse_layers(model, required=False)[:1]:  # all layers have one configuration
-        subject |= {f"sparsity.{name}": value for name, value in config_to_dict(layer.config).items()}
+        subject |= {f"{_SPARSITY}{name}": value for name, value in config_to_dict(layer.config).items()}
     return subject | {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -88,13 +90,28 @@ def check_subject(folder: Path, subject: dict[str, Any]) -> None:
     Raises:
         ValueError: they differ, or the checkpoint is of an older version.
     """
-    changed = differences(_read(folder)["subject"], subject)
+    changed = differences(_as_told_now(_read(folder)["subject"]), subject)
     if changed:
         more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
         raise ValueError(
             f"{folder} was made with another model or other images: {'; '.join(changed[:_SHOWN])}{more}. "
             "Resume with what the run began with, or give another --output"
         )
+
+
+def _as_told_now(subject: dict[str, Any]) -> dict[str, Any]:
+    """A subject with the configuration as it is described now, whatever release described it."""
+    told = {
+        name.removeprefix(_SPARSITY): value for name, value in subject.items() if name.startswith(_SPARSITY)
+    }
+    if not told:
+        return subject
+    try:
+        config = config_to_dict(config_from_dict(told))
+    except (TypeError, ValueError):  # then it differs, as it stands there
+        return subject
+    rest = {name: value for name, value in subject.items() if not name.startswith(_SPARSITY)}
+    return rest | {f"{_SPARSITY}{name}": value for name, value in config.items()}
 
 
 def _read(folder: Path) -> dict[str, Any]:

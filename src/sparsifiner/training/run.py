@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from sparsifiner.config import scorer_of
 from sparsifiner.files import sync, write_aside
+from sparsifiner.old_spellings import modern_settings
 from sparsifiner.training.checkpoints import Checkpoints, Position, named_checkpoints
 from sparsifiner.training.lock import FolderLock
 from sparsifiner.training.metrics import forget_after, read_records
@@ -169,7 +171,7 @@ class RunFolder:
             )
         before, after = (
             {name: value for name, value in each.items() if name not in _MACHINE_SETTINGS}
-            for each in (_read_settings(self.path / SETTINGS), yaml.safe_load(yaml.safe_dump(settings)))
+            for each in (_read_settings(self.path / SETTINGS), _as_written(settings))
         )
         changed = differences(before, after)
         if changed:
@@ -218,6 +220,14 @@ def _name_of(path: Path) -> str | None:
         return next((mark[0] for mark in marks if mark is not None), None)
 
 
+def _as_written(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a file gives them back, with the spellings of now."""
+    values: dict[str, Any] = yaml.safe_load(yaml.safe_dump(settings))
+    if "preset" not in values:  # not the command line's
+        return values
+    return modern_settings(values, scorer_of(str(values["preset"])))
+
+
 def _read_settings(file: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(file.read_text())
@@ -225,4 +235,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged ({error}); put a copy back, or give another --output") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file} holds no settings; put a copy back, or give another --output")
-    return settings
+    try:
+        return _as_written(settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged ({error}); put a copy back, or give another --output") from error

@@ -15,7 +15,7 @@ from sparsifiner.models.features import token_states
 from sparsifiner.ops.precision import without_autocast
 from sparsifiner.patch import desparsify, sparse_layers
 from sparsifiner.scorers import BorrowingScorer
-from sparsifiner.tokens.dynamicvit import ratio_loss
+from sparsifiner.tokens.dynamicvit.reducer import ratio_loss
 from sparsifiner.tokens.state import take_tokens
 from sparsifiner.tracing import trace_projections
 from sparsifiner.training.losses import (

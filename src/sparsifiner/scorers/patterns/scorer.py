@@ -1,11 +1,11 @@
-"""Scorers to compare with: fixed patterns, chance, and the true attention."""
+"""Scorers to compare with: fixed patterns and chance."""
 
 import torch
 from torch import Tensor
 
-from sparsifiner.config import SparsifyConfig
-from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
+from sparsifiner.scorers.options import Place, ScorerOptions
+from sparsifiner.scorers.patterns.options import BigBird, Random, Window
 
 
 class _FixedScorer(Scorer):
@@ -58,31 +58,15 @@ class StridedScorer(_FixedScorer):
 
 
 class RandomScorer(_FixedScorer):
-    """Uniform scores, fixed by (seed, layer): the same for every image, device and chunking.
+    """Uniform scores, fixed by (seed, layer): the same for every image, device and chunking."""
 
-    Args:
-        seed: seed of the whole model.
-        layer: index of the layer.
-    """
-
-    def __init__(self, seed: int, layer: int) -> None:
-        super().__init__()
-        self.seed = seed
-        self.layer = layer
-
-    def configure(self, config: SparsifyConfig) -> None:
-        """See `Scorer.configure`."""
-        self.seed = config.seed
-
-    def place_at(self, layer: int) -> None:
-        """See `Scorer.place_at`."""
-        self.layer = layer
+    options: Random
 
     def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
         N, H = spec.layout.tokens, q.shape[1]
         # filled on the device: a copy from the host cannot be captured in a CUDA graph
-        seed = torch.full((), self.seed, dtype=torch.int64, device=q.device)
+        seed = torch.full((), self.options.seed, dtype=torch.int64, device=q.device)
         stream = _hash(_hash(seed) + self.layer)
         head = _hash(torch.arange(H, device=q.device) + stream).view(1, H, 1, 1)
         token = torch.arange(N, device=q.device)
@@ -96,32 +80,32 @@ class RandomScorer(_FixedScorer):
 
     def extra_repr(self) -> str:
         """Seed and layer."""
-        return f"seed={self.seed}, layer={self.layer}"
+        return f"seed={self.options.seed}, layer={self.layer}"
 
 
 class BigBirdScorer(_FixedScorer):
     """Half the list as `WindowScorer` chooses it, the rest as `RandomScorer` does.
-
-    Args:
-        seed: seed of the whole model.
-        layer: index of the layer.
 
     Source:
         Zaheer et al., "Big Bird: Transformers for Longer Sequences", NeurIPS 2020: window, random and global
         keys; the global ones are the prefix tokens, which count as nearest.
     """
 
-    def __init__(self, seed: int, layer: int) -> None:
-        super().__init__()
-        self.window = WindowScorer()
-        self.random = RandomScorer(seed, layer)
+    options: BigBird
 
-    def configure(self, config: SparsifyConfig) -> None:
+    def __init__(self, options: BigBird, place: Place) -> None:
+        super().__init__(options, place)
+        self.window = WindowScorer(Window(), place)
+        self.random = RandomScorer(Random(seed=options.seed), place)
+
+    def configure(self, options: ScorerOptions) -> None:
         """See `Scorer.configure`."""
-        self.random.configure(config)
+        super().configure(options)
+        self.random.configure(Random(seed=self.options.seed))
 
     def place_at(self, layer: int) -> None:
         """See `Scorer.place_at`."""
+        super().place_at(layer)
         self.random.place_at(layer)
 
     def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
@@ -149,36 +133,3 @@ def _hash(x: Tensor) -> Tensor:
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
     x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
     return x ^ (x >> 16)
-
-
-class OracleScorer(Scorer):
-    """The tile's mean attention probabilities: what a perfect scorer would rank by.
-
-    It computes the whole dense attention, so it serves to compare, never to save.
-    """
-
-    def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
-        """See `Scorer.row_scores`."""
-        accurate = accumulation_dtype(q.dtype)
-        layout = spec.layout
-        query = layout.split_squares(q[:, :, layout.prefix :].to(accurate), spec.tile)  # [B, H, T, m, d]
-        key = k.to(accurate).mT
-        exists = layout.split_squares(torch.ones_like(q[:1, :1, layout.prefix :, :1]), spec.tile)
-        weight = exists / exists.sum(3, keepdim=True)  # [1, 1, T, m, 1]
-
-        def scores(start: int, stop: int) -> Tensor:
-            rows = query[:, :, start:stop]
-            # one product per head: broadcast over the tiles, keys would be copied for each
-            attention = (rows.flatten(2, 3) @ key * spec.scale).softmax(-1)
-            by_tile = attention.view(*rows.shape[:4], key.shape[-1])
-            return (by_tile * weight[:, :, start:stop]).sum(3)
-
-        return scores
-
-    def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
-        """See `Scorer.macs`: all of QKᵀ but its prefix rows."""
-        return num_heads * spec.layout.patches * spec.layout.tokens * head_dim
-
-    def elements_per_row(self, spec: ListSpec) -> int:
-        """All queries of a tile."""
-        return spec.layout.tokens * spec.layout.square_patches(spec.tile)

@@ -4,13 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsifiner.config import SparsifyConfig
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.layout import Side
 from sparsifiner.ops.kernels import why_no_kernel
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.ops.select import operators
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
+from sparsifiner.scorers.impact.options import Impact
 
 
 class ImpactScorer(Scorer):
@@ -30,20 +30,11 @@ class ImpactScorer(Scorer):
     smaller than the tile score. It costs 1 / pool² of QKᵀ, and the windows their share of that. Lists of
     fewer keys than a quarter of a tile's queries, as in the last layers, are not worth it: there a tile is
     one square.
-
-    Args:
-        pool: side of the squares in patches, a divisor of the tile; None for half of it, all of an odd one.
     """
 
     FUSED_OP = "select_impact"
 
-    def __init__(self, pool: int | None) -> None:
-        super().__init__()
-        self.pool = pool
-
-    def configure(self, config: SparsifyConfig) -> None:
-        """See `Scorer.configure`."""
-        self.pool = config.pool
+    options: Impact
 
     def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
@@ -97,7 +88,7 @@ class ImpactScorer(Scorer):
         """Side of the squares whose mean queries score."""
         if spec.budget - spec.forced < spec.layout.square_patches(spec.tile) // 4:
             return spec.tile
-        return self.pool or (spec.tile if spec.tile % 2 else spec.tile // 2)
+        return self.options.pool or (spec.tile if spec.tile % 2 else spec.tile // 2)
 
     @staticmethod
     def _window_side(spec: ListSpec) -> Side:
@@ -134,4 +125,4 @@ class ImpactScorer(Scorer):
 
     def extra_repr(self) -> str:
         """Side of the squares."""
-        return f"pool={self.pool}"
+        return f"pool={self.options.pool}"

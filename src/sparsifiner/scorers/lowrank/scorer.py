@@ -1,6 +1,7 @@
 """The paper's connectivity predictor: a learned low-rank sketch of the attention map."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +9,6 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed, trunc_normal_
 from torch import Tensor, nn
 
-from sparsifiner.config import SparsifyConfig
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.geometry.layout import Layout
@@ -16,6 +16,12 @@ from sparsifiner.ops.kernels import why_no_kernel
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.ops.select import operators
 from sparsifiner.scorers.base import ListSpec, Origin, RowScores, Scorer
+from sparsifiner.scorers.lowrank.options import LowRank
+from sparsifiner.scorers.options import Place, ScorerOptions
+from sparsifiner.scorers.released.options import Released
+
+# Standard deviation of a basis as trained, before its sign is dropped; entries of at most .02 count as zero.
+_TRAINED_SPREAD = 0.05
 
 
 class LowRankScorer(Scorer):
@@ -34,11 +40,8 @@ class LowRankScorer(Scorer):
     native grid and are resampled for any other.
 
     Args:
-        layout: tokens at the native image size; kept with the weights.
-        num_heads: heads of the layer, for the released temperature.
-        head_dim: d.
-        config: sizes and thresholds. With `legacy` the temperature is `num_heads ** -0.5`, K is N // 6,
-            the product is dense and ties are settled by `torch.topk`, as released.
+        options: sizes and thresholds.
+        place: its layout is kept with the weights.
 
     Source:
         Wei et al., "Sparsifiner", CVPR 2023, section 3.2.
@@ -49,34 +52,82 @@ class LowRankScorer(Scorer):
     # released checkpoints keep the parameters under these names
     RELEASED_NAMES = (("proj_c_q", "query"), ("proj_c_k", "key"), ("proj_back_n", "up"), ("proj_n", "down"))
 
+    SIZED_BY_FILES = ("native_grid", "down", "up")
+    LACKED_BY_FILES = ("native_grid",)  # older files do not tell
+
+    options: LowRank | Released
     native_grid: Tensor
 
-    def __init__(self, layout: TokenLayout, num_heads: int, head_dim: int, config: SparsifyConfig) -> None:
-        super().__init__()
-        reduced_dim = max(1, head_dim // 2) if config.reduced_dim is None else config.reduced_dim
-        basis = self.basis_size(config, layout)
-        self.num_heads = num_heads
+    def __init__(self, options: LowRank | Released, place: Place) -> None:
+        super().__init__(options, place)
+        layout, head_dim = place.layout, place.head_dim
+        basis, reduced_dim = self.sizes_of(options, place)
         self.native_layout = layout
         self.register_buffer("native_grid", torch.tensor(layout.grid))
         self.query = nn.Linear(head_dim, reduced_dim)
         self.key = nn.Linear(head_dim, reduced_dim)
         self.down = nn.Parameter(torch.empty(layout.tokens, basis))
         self.up = nn.Parameter(torch.empty(layout.tokens, basis))
-        self.configure(config)
         self.register_load_state_dict_pre_hook(_adopt_native_size)  # type: ignore[no-untyped-call]
         self.reset_parameters()
 
-    @staticmethod
-    def basis_size(config: SparsifyConfig, layout: TokenLayout) -> int:
-        """K that a configuration asks for."""
-        return max(1, layout.tokens // 6) if config.legacy else config.basis
+    @classmethod
+    def sizes_of(cls, options: Any, place: Place) -> tuple[int, int]:
+        """K and c that options ask for."""
+        reduced_dim = max(1, place.head_dim // 2) if options.reduced_dim is None else options.reduced_dim
+        return cls.basis_size(options, place.layout), reduced_dim
 
-    def configure(self, config: SparsifyConfig) -> None:
-        """See `Scorer.configure`."""
-        self.legacy = config.legacy
-        self.coef_topk = config.coef_topk
-        self.basis_threshold = config.basis_threshold
-        self.temperature = self.num_heads**-0.5 if config.legacy else self.query.out_features**-0.5
+    @classmethod
+    def basis_size(cls, options: Any, layout: TokenLayout) -> int:
+        """K that options ask for."""
+        basis: int = options.basis
+        return basis
+
+    @property
+    def temperature(self) -> float:
+        """s, the factor of the coefficients' logits."""
+        reduced_dim: int = self.query.out_features
+        return float(reduced_dim**-0.5)
+
+    @property
+    def kept_coefficients(self) -> int:
+        """Coefficients that are kept per row."""
+        return min(self.options.coef_topk, self.up.shape[1])
+
+    @property
+    def used_coefficients(self) -> int:
+        """Coefficients that a row of scores is the product of."""
+        return self.kept_coefficients
+
+    def continued(self, options: ScorerOptions, place: Place) -> Scorer | None:
+        """See `Scorer.continued`: weights keep their grid, and serve as the released scorer's too."""
+        kind = options.scorer_class()
+        if not issubclass(kind, LowRankScorer):
+            return None
+        here = replace(place, layout=self.native_layout)
+        if kind.sizes_of(options, here) != (self.up.shape[1], self.query.out_features):
+            return None
+        if type(self.options) is type(options):
+            return self
+        with torch.device("meta"):  # its own weights would only be thrown away
+            other = options.build(here)
+        # the same parameters: optimizers hold them
+        other._modules.update(self._modules)
+        other._parameters.update(self._parameters)
+        other._buffers.update(self._buffers)
+        return other.train(self.training)
+
+    def misfits(self, state: Mapping[str, Tensor], prefix: str) -> list[str]:
+        """See `Scorer.misfits`."""
+        try:
+            self.layout_of(state, prefix)
+        except ValueError as error:
+            return [str(error)]
+        return []
+
+    def imitate_training(self) -> None:
+        """See `Scorer.imitate_training`: entries of the basis lie on both sides of the threshold."""
+        self.up.data.copy_(_TRAINED_SPREAD * torch.randn_like(self.up).abs())
 
     def layout_of(self, state: Mapping[str, Tensor], prefix: str) -> TokenLayout:
         """Tokens that the weights of a state dict are for; those that it lacks are the ones of now.
@@ -132,7 +183,7 @@ class LowRankScorer(Scorer):
         reduced_query = F.linear(query, query_weight, query_bias)
         reduced_key = F.linear(k.to(accurate), key_weight, key_bias)
         if origin is None:
-            down = self._resampled_down(_whole(layout)).to(accurate)
+            down = self._resampled_down(whole_layout(layout)).to(accurate)
         else:
             of_image = self._resampled_down(origin.layout).to(accurate)
             # a quadrature, whose sum stays when patches go
@@ -150,31 +201,25 @@ class LowRankScorer(Scorer):
         that entries below the threshold can grow back.
         """
         magnitude = self._resampled_up(layout).abs()
-        sparse = F.threshold(magnitude.detach(), self.basis_threshold, 0.0)
+        sparse = F.threshold(magnitude.detach(), self.options.basis_threshold, 0.0)
         return sparse + (magnitude - magnitude.detach()) if torch.is_grad_enabled() else sparse
 
     def factors(self, q: Tensor, k: Tensor, layout: Layout, tile: int) -> tuple[Tensor, Tensor]:
-        """See `Scorer.factors`: C̃ and Ũ; with `legacy` C and the signed W_up, as the released code fits."""
-        if self.legacy:
-            return self.coefficients(q, k, layout, tile), self._resampled_up(_whole(layout))
+        """See `Scorer.factors`: C̃ and Ũ."""
         largest = self._largest_coefficients(q, k, layout, tile)
         sparse = largest.values.new_zeros(*largest.values.shape[:-1], self.up.shape[1])
-        return sparse.scatter(-1, largest.indices, largest.values), self.basis(_whole(layout))
+        return sparse.scatter(-1, largest.indices, largest.values), self.basis(whole_layout(layout))
 
     def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
         largest = self._largest_coefficients(q, k, spec.layout, spec.tile, spec.origin)
         if spec.origin is None:
-            basis = self.basis(_whole(spec.layout)).to(largest.values.dtype).mT.contiguous()  # [K, N]
+            basis = self.basis(whole_layout(spec.layout)).to(largest.values.dtype).mT.contiguous()  # [K, N]
             first_row = torch.zeros(1, dtype=torch.long, device=q.device)
         else:
             of_image = self.basis(spec.origin.layout).to(largest.values.dtype)
             basis = of_image[spec.origin.tokens].mT.flatten(0, 1).contiguous()  # [B * K, N]
             first_row = torch.arange(q.shape[0], device=q.device) * self.up.shape[1]
-        if self.legacy:
-            zeros = largest.values.new_zeros(*largest.values.shape[:-1], self.up.shape[1])
-            sparse = zeros.scatter(-1, largest.indices, largest.values)
-            return lambda start, stop: sparse[:, :, start:stop] @ basis
 
         def scores(start: int, stop: int) -> Tensor:
             # a sparse product: `coef_topk` basis rows per row of scores instead of all K
@@ -194,9 +239,9 @@ class LowRankScorer(Scorer):
         self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str
     ) -> Connectivity | None:
         """See `Scorer.fused_lists`."""
-        if self.legacy or spec.origin is not None or why_no_kernel(backend, q):
+        if spec.origin is not None or why_no_kernel(backend, q):
             return None
-        layout = _whole(spec.layout)
+        layout = whole_layout(spec.layout)
         if backend == "triton":
             if layout.tokens - spec.forced > operators.LOWRANK_TOKENS:
                 return None
@@ -206,9 +251,8 @@ class LowRankScorer(Scorer):
                 return None
         basis = self.basis(layout).mT
         weights = (*self._projections(q), self._resampled_down(layout), basis)
-        kept = min(self.coef_topk, basis.shape[0])
         geometry = layout.for_kernels(spec.tile)
-        sizes = (self.temperature, kept, spec.budget, spec.forced)
+        sizes = (self.temperature, self.kept_coefficients, spec.budget, spec.forced)
         select = operators.select_lowrank if backend == "triton" else operators.select_lowrank_cpu
         listed: Tensor = select(q, k, *weights, *geometry, *sizes)
         return spec.connectivity(listed)
@@ -220,27 +264,18 @@ class LowRankScorer(Scorer):
         """
         N, rows = spec.layout.tokens, spec.rows
         reduced_dim, basis = self.query.out_features, self.up.shape[1]
-        coefficients_used = basis if self.legacy else min(self.coef_topk, basis)
         per_head = (
             (rows + N) * head_dim * reduced_dim
             + N * basis * reduced_dim
             + rows * basis * reduced_dim
-            + rows * coefficients_used * N
+            + rows * self.used_coefficients * N
         )
         return num_heads * per_head
-
-    @torch.no_grad()
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> Connectivity:
-        """See `Scorer.forward`; the legacy switch selects as the released code did."""
-        if not self.legacy:
-            return super().forward(q, k, v, spec)
-        indices = self.scores(q, k, v, spec).topk(spec.budget, -1).indices.sort(-1).values.int()
-        return spec.connectivity(indices)
 
     def extra_repr(self) -> str:
         """Sizes and thresholds."""
         tokens, basis = self.up.shape
-        return f"tokens={tokens}, basis={basis}, coef_topk={self.coef_topk}, legacy={self.legacy}"
+        return f"tokens={tokens}, basis={basis}, coef_topk={self.options.coef_topk}"
 
     def _projections(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """W_q, b_q, W_k and b_k, where queries [B, H, N, d] are."""
@@ -251,7 +286,7 @@ class LowRankScorer(Scorer):
     ) -> torch.return_types.topk:
         """Values and indices of the coefficients that are kept, [B, H, rows, coef_topk]."""
         coefficients = self.coefficients(q, k, layout, tile, origin)
-        return coefficients.topk(min(self.coef_topk, self.up.shape[1]), -1)
+        return coefficients.topk(self.kept_coefficients, -1)
 
     def _resampled_down(self, layout: TokenLayout) -> Tensor:
         """W_down at another grid: a quadrature over patches, so its sum over them is kept."""
@@ -282,7 +317,7 @@ class LowRankScorer(Scorer):
         return resampled.squeeze(0)
 
 
-def _whole(layout: Layout) -> TokenLayout:
+def whole_layout(layout: Layout) -> TokenLayout:
     """The layout of a whole image, for which weights can be resampled.
 
     Raises:

@@ -1,0 +1,3 @@
+"""The names of the backends, which costs no torch."""
+
+BACKENDS = ("reference", "torch", "cpu", "triton")

@@ -1,0 +1,1 @@
+"""How much a tile's result would change without a key: training-free."""

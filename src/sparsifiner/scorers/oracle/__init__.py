@@ -1,0 +1,1 @@
+"""The true attention, to compare with."""

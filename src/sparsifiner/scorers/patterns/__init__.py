@@ -1,0 +1,1 @@
+"""Patterns that look at no image, to compare with."""

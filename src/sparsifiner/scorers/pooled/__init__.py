@@ -1,0 +1,1 @@
+"""Mean query of a tile times key: training-free."""

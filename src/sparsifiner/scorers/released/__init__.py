@@ -1,0 +1,1 @@
+"""The low-rank scorer exactly as released."""

@@ -1,0 +1,1 @@
+"""DynamicViT: a small network predicts which patches stay."""

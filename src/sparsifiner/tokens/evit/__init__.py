@@ -1,0 +1,1 @@
+"""EViT: keeps the patches that the class token attends to most."""

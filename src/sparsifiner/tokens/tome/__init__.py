@@ -1,0 +1,1 @@
+"""ToMe: merges the pairs of tokens that are most alike."""
