@@ -103,7 +103,7 @@ def readme_table() -> str:
     for tokens, rows in sorted(settings.items()):
         row = rows[False]
         options = [f"keep={row['keep']:g}", f"tile={row['tile']}", f"summary={row['summary']}"]
-        options += [f"pool={row['pool']}"] if row["pool"] else []
+        options += [f"scorer=Impact(pool={row['pool']})"] if row["pool"] else []
         lost = [rows[calibrated]["against_dense"] for calibrated in (False, True)]
         timed = times.get((tokens, *(row[name] for name in SETTING)))
         body.append([

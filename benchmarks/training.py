@@ -46,14 +46,14 @@ JOINT = "[{name: reconstruct, epochs: 2, warmup_epochs: 0.2, lr: 5.0e-3, min_lr:
 )
 FALLING_SUMMARY4_BASIS64: list[object] = [
     *("--profile", "falling", "--summary", 4),
-    *("--basis", 64, "--coef-topk", 16),
+    *("--scorer.basis", 64, "--scorer.coef-topk", 16),
 ]
 # design -> options that make it different
 VARIANTS: dict[str | None, list[object]] = {
     None: [],
     "oracle": ["--scorer", "oracle"],
-    "basis64": ["--basis", 64, "--coef-topk", 16],
-    "basis64_joint": ["--basis", 64, "--coef-topk", 16, "--stages", JOINT],
+    "basis64": ["--scorer.basis", 64, "--scorer.coef-topk", 16],
+    "basis64_joint": ["--scorer.basis", 64, "--scorer.coef-topk", 16, "--stages", JOINT],
     "falling_summary8": ["--profile", "falling", "--summary", 8],
     "falling_summary4_basis64": FALLING_SUMMARY4_BASIS64,
     "falling_summary4_basis64_no_features": [*FALLING_SUMMARY4_BASIS64, "--loss_weights.token", 0],
@@ -65,10 +65,10 @@ VARIANTS: dict[str | None, list[object]] = {
 # the suite "scorer": one choice changed at a time
 ABLATIONS: dict[str | None, list[object]] = {
     "nothing": [],
-    **{f"basis {size}": ["--basis", size] for size in (8, 16, 64, 128)},
-    **{f"{kept} coefficients": ["--coef-topk", kept] for kept in (1, 4, 16, 32)},
-    **{f"threshold {least:g}": ["--basis-threshold", least] for least in (0.0, 0.01, 0.05, 0.1)},
-    **{f"reduced dim {size}": ["--reduced-dim", size] for size in (8, 16, 64)},
+    **{f"basis {size}": ["--scorer.basis", size] for size in (8, 16, 64, 128)},
+    **{f"{kept} coefficients": ["--scorer.coef-topk", kept] for kept in (1, 4, 16, 32)},
+    **{f"threshold {least:g}": ["--scorer.basis-threshold", least] for least in (0.0, 0.01, 0.05, 0.1)},
+    **{f"reduced dim {size}": ["--scorer.reduced-dim", size] for size in (8, 16, 64)},
     **{f"tile {side}": ["--tile", side] for side in (2, 4, 8)},
     **{f"{side}x{side} summaries": ["--summary", side] for side in (8, 4, 2)},
     "falling": ["--profile", "falling"],

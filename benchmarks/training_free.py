@@ -34,6 +34,7 @@ from sparsifiner.measure.recall import mask_recall
 from sparsifiner.measure.timing import forward_calls, time_in_turns
 from sparsifiner.models.loading import load_model
 from sparsifiner.patch import sparse_layers
+from sparsifiner.scorers import SCORERS, Impact, Oracle, Pooled, Random, Strided, Window
 
 CALIBRATION_IMAGES = 128
 RECALL_BATCHES = 5
@@ -43,36 +44,36 @@ Setting = dict[str, Any]
 # The settings that the floors of 17 % (N = 257) and 12 % (N = 1025) of the key visits allow.
 FAST_257: Setting = {"keep": 0.1, "tile": 4, "summary": 4}
 FAST_577: Setting = {"keep": 0.1, "tile": 4, "summary": 4}
-FAST_1025: Setting = {"keep": 0.1, "tile": 8, "summary": 8, "pool": 2}
+FAST_1025: Setting = {"keep": 0.1, "tile": 8, "summary": 8, "scorer": Impact(pool=2)}
 EVEN: Setting = {"profile": "even"}
 CALIBRATED: Setting = {"calibrated": True}
 
 
 def groups_of(fast: Setting) -> dict[str, list[Setting]]:
     """Settings by group, around the one that is recommended."""
-    tile, pool = fast["tile"], fast.get("pool", fast["tile"] // 2)
-    plain = {name: value for name, value in fast.items() if name != "pool"}
+    tile = fast["tile"]
+    pool = fast.get("scorer", Impact()).pool or tile // 2
     small = 3  # windows that take all the visits for themselves
     return {
         "floors": [fast, fast | CALIBRATED],
         "designs": [
-            plain | {"scorer": "pooled"} | EVEN,
-            plain | {"scorer": "pooled"},
+            fast | {"scorer": Pooled()} | EVEN,
+            fast | {"scorer": Pooled()},
             fast | EVEN,
             fast | EVEN | CALIBRATED,
-            fast | {"pool": tile},
-            fast | {"pool": max(1, pool // 2) if pool == tile // 2 else tile // 2},
-            fast | {"tile": 2 * tile if tile == 4 else tile // 2, "pool": 2},
-            fast | {"tile": 16, "pool": 8},
+            fast | {"scorer": Impact(pool=tile)},
+            fast | {"scorer": Impact(pool=max(1, pool // 2) if pool == tile // 2 else tile // 2)},
+            fast | {"tile": 2 * tile if tile == 4 else tile // 2, "scorer": Impact(pool=2)},
+            fast | {"tile": 16, "scorer": Impact(pool=8)},
             fast | {"summary": None},
             fast | {"share": 2},
         ],
-        "baselines": [plain | {"scorer": scorer} for scorer in ("random", "window", "strided", "oracle")]
-        + [plain | {"scorer": "random", "keep": 1e-6, "summary": small}]
-        + [plain | {"scorer": "oracle", "tile": 1} | EVEN],
+        "baselines": [fast | {"scorer": scorer} for scorer in (Random(), Window(), Strided(), Oracle())]
+        + [fast | {"scorer": Random(), "keep": 1e-6, "summary": small}]
+        + [fast | {"scorer": Oracle(), "tile": 1} | EVEN],
         "sweep": [
             chosen | {"keep": keep}
-            for chosen in (fast, plain | {"scorer": "pooled"} | EVEN, plain | {"scorer": "random"} | EVEN)
+            for chosen in (fast, fast | {"scorer": Pooled()} | EVEN, fast | {"scorer": Random()} | EVEN)
             for keep in SWEEP
         ],
     }
@@ -108,7 +109,9 @@ def measure(
     accuracy = evaluate(sparse, batches, dense=dense, device=device)
     return {
         "tokens": macs.tokens,
-        **{name: getattr(config, name) for name in ("scorer", "tile", "pool", "profile", "summary", "share")},
+        "scorer": SCORERS.name_of(config.scorer),
+        "pool": getattr(config.scorer, "pool", None),
+        **{name: getattr(config, name) for name in ("tile", "profile", "summary", "share")},
         "keep": setting["keep"],
         "calibrated": setting.get("calibrated", False),
         "calibration_seconds": seconds if setting.get("calibrated") else None,

@@ -21,6 +21,8 @@ TRAINING_IMAGES = {
 # The keep of rows that choose next to nothing: it leaves lists of the prefix token and one random key.
 ONE_RANDOM_KEY = 1e-06
 _ROOT = Path(__file__).parents[1]
+# options of scorers as rows spell them that were measured before these were objects
+_OLD = ("--basis", "--reduced-dim", "--coef-topk", "--basis-threshold", "--pool")
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -179,7 +181,8 @@ def _setting_of(command: str) -> tuple[str, str]:
     config = given.pop("--config")
     for name in ("--data", "--weights", "--seed", "--workers"):
         given.pop(name, None)
-    return config, shlex.join(word for pair in given.items() for word in pair)
+    now = {name.replace("--", "--scorer.") if name in _OLD else name: value for name, value in given.items()}
+    return config, shlex.join(word for pair in now.items() for word in pair)
 
 
 def runs() -> str:

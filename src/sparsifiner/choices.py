@@ -1,7 +1,7 @@
 """Choices by name: each is a frozen dataclass of its options, in a registry that reads and describes them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from dataclasses import MISSING, Field, asdict, fields
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -40,8 +40,9 @@ class Choices(Generic[Option]):
             TypeError: it is no such dataclass.
             ValueError: the name is no word or taken, or an option is called "method".
         """
-        frozen = is_dataclass(kind) and getattr(kind, "__dataclass_params__").frozen  # noqa: B009
-        if not (isinstance(kind, type) and issubclass(kind, self.base) and frozen):
+        # of its own: what a class inherits knows none of its options
+        parameters = vars(kind).get("__dataclass_params__") if isinstance(kind, type) else None
+        if parameters is None or not (parameters.frozen and issubclass(kind, self.base)):
             raise TypeError(
                 f"{self.argument}: {kind!r} must be a frozen dataclass and a subclass of {self.base.__name__}"
             )

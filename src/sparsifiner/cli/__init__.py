@@ -94,8 +94,8 @@ def _add_commands(parser: ArgumentParser, commands: Mapping[str, Command | Mappi
         command.add_function_arguments(function, skip={*groups, *_flags(function)})
         _add_flags(command, function)
         subcommands.add_subcommand(name, command, help=summary)
-        if command.epilog:  # it would have been the outer parser's
-            command.formatter_class = HelpFormatter
+        if command.epilog:  # both would be the outer parser's
+            command.formatter_class, command.parser_mode = HelpFormatter, PARSER_MODE
 
 
 def _command_parser(summary: str, groups: Mapping[str, Any]) -> ArgumentParser:
@@ -106,7 +106,6 @@ def _command_parser(summary: str, groups: Mapping[str, Any]) -> ArgumentParser:
     command = ArgumentParser(
         description=summary,
         epilog=list_choices(choices),
-        parser_mode=PARSER_MODE,
     )
     for flag, hint in (old for group in groups.values() for old in _old_flags(group).items()):
         if hint is bool:
