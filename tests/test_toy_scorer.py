@@ -85,7 +85,7 @@ class Learned(ScorerOptions):
         heat: factor of the coefficients' logits.
     """
 
-    SCORER: ClassVar = "tests.test_own_scorer:LearnedScorer"
+    SCORER: ClassVar = "tests.test_toy_scorer:LearnedScorer"
     LEARNS: ClassVar = True
     TITLE: ClassVar = "two-matrix scorer"
 
