@@ -494,7 +494,7 @@ def test_a_model_is_converted_as_a_whole_or_not_at_all(monkeypatch, name, sparse
     build = Impact.build
 
     def build_the_first(options, place):
-        if place.layer:
+        if place.index:
             raise RuntimeError("no memory")
         return build(options, place)
 

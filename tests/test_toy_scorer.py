@@ -59,7 +59,7 @@ class LearnedScorer(Scorer):
     def __init__(self, options, place):
         super().__init__(options, place)
         self.mix = nn.Parameter(torch.randn(place.head_dim, options.size) / 4)
-        self.basis = nn.Parameter(torch.randn(place.layout.tokens, options.size))
+        self.basis = nn.Parameter(torch.randn(place.native.tokens, options.size))
 
     def factors(self, q, k, layout, tile):
         """See `Scorer.factors`."""

@@ -10,8 +10,8 @@ from sparsifiner.config import SparsifyConfig
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.geometry.layout import Layout
-from sparsifiner.plan import Call, LayerPlace, backend_of, keep_at, lists_at, plan
-from sparsifiner.scorers import ListSpec, Scorer, SharedLists
+from sparsifiner.plan import Call, backend_of, keep_at, lists_at, plan
+from sparsifiner.scorers import ListSpec, Place, Scorer, SharedLists
 from sparsifiner.standin import StandIn, is_proxy, leaf_node
 from sparsifiner.tokens.attending import attend_tokens
 from sparsifiner.tokens.state import TokenState
@@ -61,7 +61,7 @@ class SparseAttention(StandIn):
     fused_attn = True
 
     def __init__(
-        self, dense: nn.Module, scorer: Scorer, grid: GridOfCall, place: LayerPlace, config: SparsifyConfig
+        self, dense: nn.Module, scorer: Scorer, grid: GridOfCall, place: Place, config: SparsifyConfig
     ) -> None:
         super().__init__()
         self.stand_in_for(dense)
@@ -70,7 +70,7 @@ class SparseAttention(StandIn):
         self.grid = grid
         self.configure(config, place)
 
-    def configure(self, config: SparsifyConfig, place: LayerPlace) -> None:
+    def configure(self, config: SparsifyConfig, place: Place) -> None:
         """Changes what the layer does and which of the model's layers it is; its weights stay."""
         self.config = config
         self.place = place
@@ -209,7 +209,7 @@ def dense_connectivity(batch: int, heads: int, layout: Layout, tile: int, like: 
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _constant_keep(patches: int, prefix: int, config: SparsifyConfig, place: LayerPlace) -> tuple[int, int]:
+def _constant_keep(patches: int, prefix: int, config: SparsifyConfig, place: Place) -> tuple[int, int]:
     # what it depends on are arguments: a graph is made anew where one of them differs
     return keep_at(Call(TokenLayout((patches, 1), prefix)), config, place)
 

@@ -14,7 +14,6 @@ from sparsifiner.attention import SparseAttention
 from sparsifiner.blocks import TokenBlock, TokenBlocks
 from sparsifiner.config import SparsifyConfig, change_config, make_config
 from sparsifiner.hosts import CurrentGrid, Host, host_of, reasons_against
-from sparsifiner.plan import LayerPlace
 from sparsifiner.scorers import BorrowingScorer, Place, Scorer, SharedLists
 from sparsifiner.standin import StandIn
 
@@ -77,7 +76,7 @@ class LayerPlan:
     """
 
     layer: SparseAttention
-    place: LayerPlace
+    place: Place
     scorer: Scorer
     lists: SharedLists | None
     borrowed: tuple[SharedLists, int, bool] | None
@@ -167,25 +166,24 @@ def _plan_layers(host: Host, config: SparsifyConfig, grid: CurrentGrid) -> list[
     native, depth = host.native, len(host.blocks)
     lists: SharedLists | None = None
     for index, attention in enumerate(host.attentions):
-        layer_place = LayerPlace(index, depth, native, *host.heads_of(attention), host.scale_of(attention))
-        place = index % config.share
-        if not place:
+        place = Place(index, depth, native, *host.heads_of(attention), host.scale_of(attention))
+        place_in_group = index % config.share
+        if not place_in_group:
             lists = SharedLists() if index + 1 < depth and config.share > 1 else None
         borrowed = None
-        if place:
+        if place_in_group:
             assert lists is not None
-            borrowed = (lists, place, index + 1 == depth or place + 1 == config.share)
-        at = Place(index, native, *host.heads_of(attention))
-        scorer = _kept_scorer(attention, config, at, borrowed is None)
+            borrowed = (lists, place_in_group, index + 1 == depth or place_in_group + 1 == config.share)
+        scorer = _kept_scorer(attention, config, place, borrowed is None)
         if scorer is None:
-            scorer = config.scorer.build(at) if borrowed is None else BorrowingScorer(*borrowed)
+            scorer = config.scorer.build(place) if borrowed is None else BorrowingScorer(*borrowed)
             like = _place_of(attention)
             scorer = scorer.to(device=like.device, dtype=like.dtype).train(attention.training)
         if isinstance(attention, SparseAttention):
             layer = attention
         else:
-            layer = host.SPARSE_ATTENTION(attention, scorer, grid, layer_place, config)
-        plans.append(LayerPlan(layer, layer_place, scorer, lists if borrowed is None else None, borrowed))
+            layer = host.SPARSE_ATTENTION(attention, scorer, grid, place, config)
+        plans.append(LayerPlan(layer, place, scorer, lists if borrowed is None else None, borrowed))
     return plans
 
 
@@ -306,11 +304,11 @@ def _resolve_config(
     return make_config(preset or "fast", **options)
 
 
-def _kept_scorer(layer: nn.Module, config: SparsifyConfig, at: Place, scores: bool) -> Scorer | None:
+def _kept_scorer(layer: nn.Module, config: SparsifyConfig, place: Place, scores: bool) -> Scorer | None:
     """The scorer of a layer or one with its weights, where it scores or takes lists as before; else None."""
     if not isinstance(layer, SparseAttention) or isinstance(layer.scorer, BorrowingScorer) is scores:
         return None
-    return layer.scorer.continued(config.scorer, at) if scores else layer.scorer
+    return layer.scorer.continued(config.scorer, place) if scores else layer.scorer
 
 
 def _place_of(module: nn.Module) -> Tensor:

@@ -12,31 +12,10 @@ from sparsifiner.geometry.connectivity import forced_prefix, key_budget
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.geometry.layout import Layout
 from sparsifiner.ratios import exact_ratio
-from sparsifiner.scorers import ListSpec
+from sparsifiner.scorers import ListSpec, Place
 
 # plans that are remembered: layers of some models, at some image sizes, while budgets are tried
 _REMEMBERED = 65_536
-
-
-@dataclass(frozen=True)
-class LayerPlace:
-    """Which layer of a model it is that plans are made for.
-
-    Attributes:
-        index: of the layer.
-        depth: number of layers.
-        native: its tokens at the image size that the model is made for.
-        num_heads: H.
-        head_dim: d.
-        scale: factor of its logits.
-    """
-
-    index: int
-    depth: int
-    native: TokenLayout
-    num_heads: int
-    head_dim: int
-    scale: float
 
 
 @dataclass(frozen=True)
@@ -75,7 +54,7 @@ class Call:
 
 
 @functools.lru_cache(_REMEMBERED)
-def plan(call: Call, config: SparsifyConfig, layer: LayerPlace) -> ListSpec | None:
+def plan(call: Call, config: SparsifyConfig, layer: Place) -> ListSpec | None:
     """The lists that a layer wants in a call, or None where it is dense attention.
 
     It depends on nothing but its arguments.
@@ -88,7 +67,7 @@ def plan(call: Call, config: SparsifyConfig, layer: LayerPlace) -> ListSpec | No
     return lists_at(call, config, keep_at(call, config, layer), layer.scale)
 
 
-def keep_at(call: Call, config: SparsifyConfig, layer: LayerPlace) -> tuple[int, int]:
+def keep_at(call: Call, config: SparsifyConfig, layer: Place) -> tuple[int, int]:
     """Share of the keys that a layer lists, as an `exact_ratio`."""
     whole = call.whole or call.layout
     return exact_ratio(_keep_of(config, layer.index, layer.depth, whole.patches, whole.prefix))

@@ -16,7 +16,7 @@ LARGE_GRIDS = {1024: (32, 32), 4096: (64, 64)}
 
 def build_scorer(options, layout, layer=0, num_heads=2, head_dim=16):
     """The scorer of one layer."""
-    return options.build(Place(layer, layout, num_heads, head_dim))
+    return options.build(Place(layer, 1, layout, num_heads, head_dim, head_dim**-0.5))
 
 
 def make_qkv(layout, heads=2, head_dim=16, batch=1, dtype=torch.float32, device="cpu"):

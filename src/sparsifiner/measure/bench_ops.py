@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from sparsifiner.config import SparsifyConfig
 from sparsifiner.device import choose_device
-from sparsifiner.geometry.connectivity import Connectivity, forced_prefix, key_budget
+from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.measure.candidates import Candidate, time_candidates
 from sparsifiner.measure.inputs import projected_inputs
@@ -31,7 +31,7 @@ from sparsifiner.measure.settings import DTYPES, Precision, check_settings, cpu_
 from sparsifiner.ops import sparse_attention
 from sparsifiner.ops.backend import resolve_backend
 from sparsifiner.ops.sparse_attention.api import attend_scored
-from sparsifiner.ratios import exact_ratio
+from sparsifiner.plan import Call, plan
 from sparsifiner.scorers import SCORERS, ListSpec, Place, Scorer
 
 EVERYTHING = "everything"
@@ -140,14 +140,19 @@ class Case:
         """Summary keys."""
         return 0 if self.summary is None else self.layout.squares(self.summary)
 
-    def list_spec(self, head_dim: int) -> ListSpec:
-        """The lists wanted."""
-        config, N = self.config, self.layout.tokens
-        forced = forced_prefix(self.layout.prefix, config.tile, config.summary)
-        budget = key_budget(exact_ratio(config.keep_of(0, 1)), N, forced)
-        return ListSpec(
-            self.layout, config.tile, budget, forced, head_dim**-0.5, config.backend, self.summary
-        )
+    def list_spec(self, place: Place) -> ListSpec:
+        """The lists wanted.
+
+        Raises:
+            ValueError: a layer would be dense attention.
+        """
+        spec = plan(Call(self.layout), self.config, place)
+        if spec is None:
+            raise ValueError(
+                f"keep={self.config.keep} of {self.layout.tokens} tokens and their summaries are not fewer "
+                "than all keys: a layer would be dense attention; lower keep"
+            )
+        return spec
 
 
 def benchmark_operations(settings: OpsBenchmark) -> Iterator[list[Row]]:
@@ -184,8 +189,10 @@ def _measure(case: Case, settings: OpsBenchmark, device: torch.device, source: R
     sets = projected_inputs(shape, DTYPES[settings.dtype], generator)
     layers = -(-len(sets) // settings.share) * settings.share  # as many as whole groups have
     sets = list(itertools.islice(itertools.cycle(sets), layers))
-    scorer = _make_scorer(case, settings, device)
-    spec = case.list_spec(settings.head_dim)
+    sizes = (settings.heads, settings.head_dim, settings.head_dim**-0.5)
+    place = Place(0, 1, case.layout, *sizes)
+    scorer = _make_scorer(case, settings, place, device)
+    spec = case.list_spec(place)
     upstream = torch.randn(sets[0][0].shape, generator=generator, device=device).to(sets[0][0].dtype)
     parity = check_operation(scorer, sets[0], spec, case.summary, upstream if settings.backward else None)
 
@@ -294,10 +301,10 @@ def _gradients(attention: Attention, inputs: Inputs, upstream: Tensor) -> tuple[
     return torch.autograd.grad(attention(*leaves), leaves, upstream)
 
 
-def _make_scorer(case: Case, settings: OpsBenchmark, device: torch.device) -> Scorer:
+def _make_scorer(case: Case, settings: OpsBenchmark, place: Place, device: torch.device) -> Scorer:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        scorer = case.config.scorer.build(Place(0, case.layout, settings.heads, settings.head_dim))
+        scorer = case.config.scorer.build(place)
         scorer.imitate_training()
     return scorer.to(device, DTYPES[settings.dtype]).requires_grad_(False)
 

@@ -12,7 +12,6 @@ from sparsifiner.attention import SparseAttention
 from sparsifiner.config import SparsifyConfig, config_from_dict, config_to_dict
 from sparsifiner.files import check_absent, write_aside
 from sparsifiner.patch import sparse_layers
-from sparsifiner.scorers import Place
 
 _KEY = "sparsifiner"
 
@@ -52,7 +51,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 def _tensors_of_a_scorer(layer: SparseAttention) -> set[str]:
     """Names of the tensors that a scorer has which nobody has wrapped."""
     with torch.device("meta"):
-        scorer = layer.config.scorer.build(Place(0, layer.place.native, layer.num_heads, layer.head_dim))
+        scorer = layer.config.scorer.build(layer.place)
     return set(scorer.state_dict())
 
 

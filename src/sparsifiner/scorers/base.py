@@ -96,7 +96,7 @@ class Scorer(nn.Module):
     def __init__(self, options: ScorerOptions, place: Place) -> None:
         super().__init__()
         self.options = options
-        self.layer = place.layer
+        self.layer = place.index
 
     @abstractmethod
     def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:

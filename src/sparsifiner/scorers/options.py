@@ -13,19 +13,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a scorer works.
+    """Which layer of a model it is that scorers are made for, and plans.
 
     Attributes:
-        layer: index of the layer.
-        layout: tokens at the model's native image size.
-        num_heads: heads of the layer.
+        index: of the layer.
+        depth: number of layers.
+        native: its tokens at the image size that the model is made for.
+        num_heads: H.
         head_dim: d.
+        scale: factor of its logits.
     """
 
-    layer: int
-    layout: "TokenLayout"
+    index: int
+    depth: int
+    native: "TokenLayout"
     num_heads: int
     head_dim: int
+    scale: float
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class LowRankScorer(Scorer):
 
     def __init__(self, options: LowRank | Released, place: Place) -> None:
         super().__init__(options, place)
-        layout, head_dim = place.layout, place.head_dim
+        layout, head_dim = place.native, place.head_dim
         basis, reduced_dim = self.sizes_of(options, place)
         self.native_layout = layout
         self.register_buffer("native_grid", torch.tensor(layout.grid))
@@ -75,7 +75,7 @@ class LowRankScorer(Scorer):
     def sizes_of(cls, options: Any, place: Place) -> tuple[int, int]:
         """K and c that options ask for."""
         reduced_dim = max(1, place.head_dim // 2) if options.reduced_dim is None else options.reduced_dim
-        return cls.basis_size(options, place.layout), reduced_dim
+        return cls.basis_size(options, place.native), reduced_dim
 
     @classmethod
     def basis_size(cls, options: Any, layout: TokenLayout) -> int:
@@ -104,7 +104,7 @@ class LowRankScorer(Scorer):
         kind = options.scorer_class()
         if not issubclass(kind, LowRankScorer):
             return None
-        here = replace(place, layout=self.native_layout)
+        here = replace(place, native=self.native_layout)
         if kind.sizes_of(options, here) != (self.up.shape[1], self.query.out_features):
             return None
         if type(self.options) is type(options):
