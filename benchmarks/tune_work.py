@@ -120,14 +120,38 @@ def sized_attention(tokens: int) -> Work:
 def masked(tokens: int) -> Work:
     side = int(tokens**0.5)
     return attention(
-        side, batch=64, device="cuda", dtype=BF16, tile=1, summary=None, prefix=0, backend="torch"
+        side, batch=16, device="cuda", dtype=BF16, tile=1, summary=None, prefix=0, backend="torch"
     )
 
 
-def gpu_selection(scorer: str, dtype: torch.dtype) -> Work:
-    """Selection from products with tiles' mean queries, or by the low-rank predictor, N = 4096 or 1024."""
-    side, batch = (64, 8) if scorer == "pooled" else (32, 32)
-    return layer(side, batch, "cuda", dtype, scorer, tile=8 if scorer == "pooled" else 1)
+def pooled_lists(dtype: torch.dtype, batch: int = 8) -> Work:
+    """Selection by the products with tiles' mean queries, N = 4096."""
+    from sparsifiner.ops.select.operators import select_pooled  # noqa: PLC0415, Triton's kernels
+
+    q, k, _ = qkv(TokenLayout((64, 64)), batch, "cuda", dtype)
+    return inference(lambda: select_pooled(q, k, 64, 64, 0, 8, 410, 0))
+
+
+def coefficients() -> Work:
+    """Coefficients of the low-rank predictor as the paper has it, N = 1025."""
+    from sparsifiner.ops.select import triton_lowrank  # noqa: PLC0415
+
+    layout, reduced, basis = TokenLayout((32, 32), 1), 32, 32
+    q, k, _ = qkv(layout, 32, "cuda", BF16)
+    shapes = (
+        *((reduced, HEAD_DIM), (reduced,), (reduced, HEAD_DIM), (reduced,)),
+        *((layout.tokens, basis), (basis, layout.tokens)),
+    )
+    weights = triton_lowrank.LowRankWeights(*(torch.randn(shape, device="cuda") for shape in shapes))
+    return inference(lambda: triton_lowrank.lowrank_coefficients(q, k, weights, layout, 1, SCALE))
+
+
+def window_means() -> Work:
+    from sparsifiner.ops.triton_means import square_means  # noqa: PLC0415
+
+    layout = TokenLayout((64, 64))
+    _, k, v = qkv(layout, 8, "cuda", BF16)
+    return inference(lambda: square_means(k, layout, 8, v))
 
 
 def short_rows() -> Work:
@@ -156,24 +180,24 @@ SIZES = {
         tuple(count * 2**20 for count in (16, 64, 1024)),
         lambda: attention(64, batch=8, device="cuda", dtype=BF16, backend="torch"),
     ),
-    "SCORE_BYTES": Size("cuda", (2**20, 3 * 2**20, 12 * 2**20), lambda: gpu_selection("pooled", BF16)),
-    "TILE_SCORES": Size("cuda", ((32, 128), (64, 64), (128, 128)), lambda: gpu_selection("pooled", BF16)),
-    "TILE_SCORES_FP32": Size("cuda", ((16, 64), (32, 32), (64, 64)), lambda: gpu_selection("pooled", FP32)),
+    "SCORE_BYTES": Size("cuda", (2**20, 3 * 2**20, 12 * 2**20), lambda: pooled_lists(BF16, batch=1)),
+    "TILE_SCORES": Size("cuda", ((32, 128), (64, 64), (128, 128)), lambda: pooled_lists(BF16)),
+    "TILE_SCORES_FP32": Size("cuda", ((16, 64), (32, 32), (64, 64)), lambda: pooled_lists(FP32)),
     "SHARED_SCORES": Size("cuda", (256, 512, 2048), short_rows),
-    "SUMMED_KEYS": Size("cuda", (128, 256, 1024), lambda: gpu_selection("lowrank", BF16)),
-    "COEFFICIENT_ROWS": Size("cuda", (32, 128), lambda: gpu_selection("lowrank", BF16)),
+    "SUMMED_KEYS": Size("cuda", (128, 256, 1024), coefficients),
+    "COEFFICIENT_ROWS": Size("cuda", (32, 128), coefficients),
     "ATTEND_QUERIES": Size("cuda", (16, 32), gpu_attention),
     "ATTEND_QUERIES_FP32": Size("cuda", ((16, 16), (64, 16)), lambda: gpu_attention(FP32)),
     "ATTEND_KEYS": Size("cuda", (32, 128), gpu_attention),
     "ATTEND_KEYS_FP32": Size("cuda", (16, 64), lambda: gpu_attention(FP32)),
     "ATTEND_REGISTERS": Size("cuda", (96, 168, 255), gpu_attention),
     "PREFIX_KEYS": Size("cuda", (128, 256, 1024), lambda: gpu_attention(prefix=1)),
-    "MEAN_ELEMENTS": Size("cuda", (1024, 2048, 8192), gpu_attention),
+    "MEAN_ELEMENTS": Size("cuda", (1024, 2048, 8192), window_means),
 }
 THRESHOLDS = {
     "SORTED_SCORES": Threshold("cpu", (196, 384, 512, 768, 1024), sorted_scores),
-    "MASKED_TOKENS": Threshold("cuda", (576, 784, 1024, 1296, 1600), masked),
-    "BIASED_TOKENS": Threshold("cuda", (256, 576, 1024, 1600), sized_attention),
+    "MASKED_TOKENS": Threshold("cuda", (576, 1024, 1600, 2304), masked),
+    "BIASED_TOKENS": Threshold("cuda", (256, 576, 1024, 1600, 2304, 4096), sized_attention),
 }
 # values of csrc/tuned.h -> others
 NATIVE = {

@@ -29,7 +29,8 @@ GATHERED_BYTES = {"cpu": 4 * 2**20, "cuda": 256 * 2**20}
 # Up to so many scores a CPU sorts tokens that are to stay faster than it calls a kernel.
 SORTED_SCORES = 512
 
-# Up to so many tokens attention to a list per query is faster with a mask than with gathers, on a GPU.
+# Up to so many tokens a GPU attends to a list per query by a mask: faster than gathers at any size, but of a
+# memory that grows with their square.
 MASKED_TOKENS = 1_100
 # Up to so many tokens dense attention with a bias is faster than with wider heads, on a GPU.
 BIASED_TOKENS = 1_000
