@@ -209,8 +209,13 @@ class TestFit:
         with pytest.warns(UserWarning, match="untrained"):
             model = make_sparse(preset="paper", scorer=LowRank(basis=8, coef_topk=4))
         monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
-            calibrate(model, make_batches(8), fit_steps=100, progress=False)
+        # what a shell starts in the background ignores interrupts
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                calibrate(model, make_batches(8), fit_steps=100, progress=False)
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert all(parameter.requires_grad for parameter in model.parameters())
 
     def test_a_fit_that_makes_it_worse_is_taken_back(self, monkeypatch):
