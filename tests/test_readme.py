@@ -40,7 +40,7 @@ def test_command_lines_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "configs").symlink_to(CONFIGS)
     shorter = "--limit 24 --validation-limit 8 --device cpu"
     for line in lines:
-        arguments = shlex.split(line.replace("FOLDER", "digits --limit 8 --workers 0"))[1:]
+        arguments = shlex.split(line.replace("FOLDER", "digits --limit 4 --workers 0"))[1:]
         if arguments[0] == "train":
             arguments += shlex.split(shorter)
         if arguments[0] == "compare":
