@@ -1,8 +1,10 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`.
-.PHONY: demo test test-gpu lint types unit sanitize fuzz stress lock package clean
+.PHONY: demo test matrix test-gpu lint types unit sanitize fuzz stress lock package clean
 
 ready := .venv/.ready
 bin := .venv/bin
+# without bytecode every process of the tests compiles torch's sources again, which takes it six seconds
+unexport PYTHONDONTWRITEBYTECODE
 
 demo: $(ready)
 	$(bin)/sparsifiner demo
@@ -19,13 +21,17 @@ types: $(ready)
 unit: $(ready)
 	$(bin)/pytest -n 2
 
+# All cases of the laws of which `make test` holds a sample; what held is kept.
+matrix: $(ready)
+	$(bin)/pytest -n 2 --matrix only --matrix-result docs/results/matrix.json
+
 # Only other requirements make the environment anew; for anything else the package is installed again.
 $(ready): requirements/dev.txt pyproject.toml tools/setup.sh CMakeLists.txt csrc $(wildcard csrc/*)
 	tools/setup.sh
 
 # The same operations on a GPU, against the same reference.
 test-gpu: $(ready)
-	$(bin)/pytest tests/test_gpu.py tests/test_triton_models.py tests/ops
+	$(bin)/pytest --matrix all tests/test_gpu.py tests/test_triton_models.py tests/ops
 
 # The native CPU kernels again, with checks of every address and of undefined behaviour.
 sanitize: $(ready)

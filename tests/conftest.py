@@ -4,6 +4,12 @@ import pathlib
 import pytest
 import torch
 
+from tests.matrix import (  # noqa: F401, hooks of pytest
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+)
+
 # pytest-xdist runs one process per core
 torch.set_num_threads(1)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

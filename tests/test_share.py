@@ -71,7 +71,7 @@ def test_copies_pickles_and_threads_keep_their_lists_apart():
 
 @torch.no_grad()
 def test_compiles_in_one_graph_and_exports():
-    model, images = make_model(share=2), make_images()
+    model, images = make_model(depth=3, share=2), make_images()
     expected = model(images)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(images), expected, atol=1e-5)

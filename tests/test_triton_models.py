@@ -52,6 +52,7 @@ def test_logits_and_gradients_equal_the_reference(config):
         assert (a - e).abs().max() < 2e-5 * e.abs().max()
 
 
+@pytest.mark.matrix(sample=lambda config: config in {"impact, lists for two layers", "per query"})
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(
     "mode", ["aot_eager", pytest.param("inductor", marks=pytest.mark.skipif(not GPU, reason="needs a GPU"))]

@@ -74,6 +74,7 @@ def test_scores_of_any_strides(backend, keys, forced):
 
 
 @needs_triton
+@pytest.mark.matrix(sample=lambda budget: budget in {1, 70})
 @pytest.mark.parametrize("budget", [1, 3, 37, 70])
 def test_rows_longer_than_a_block(budget, monkeypatch):
     monkeypatch.setattr(triton_backend, "LARGEST_BLOCK", 16)
@@ -164,6 +165,7 @@ def test_lowrank_scores_and_their_selection(patches, prefix, tile, head_dim, bas
 
 
 @needs_triton
+@pytest.mark.matrix(sample=lambda dtype, rows_at_once: (dtype == torch.float32) == (rows_at_once is None))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])])
 @pytest.mark.parametrize(
     ("patches", "prefix", "tile", "head_dim", "budget"),
@@ -192,6 +194,7 @@ def test_pooled_scores_and_their_selection(
 
 
 @needs_triton
+@pytest.mark.matrix(sample=lambda dtype, rows_at_once: (dtype == torch.float32) == (rows_at_once is None))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([torch.bfloat16] if GPU else [])])
 @pytest.mark.parametrize(
     ("patches", "prefix", "tile", "pool", "summary", "head_dim", "budget"),

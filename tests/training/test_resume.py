@@ -22,7 +22,6 @@ from sparsifiner.training.run import RunFolder
 from sparsifiner.training.seal import seal
 from tests.training.runs import assert_equal_runs, weights_of
 
-KILLS = 20
 EVERYTHING = {"drop_path_rate": 0.2, "proj_drop_rate": 0.1}
 
 
@@ -85,10 +84,12 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def test_kills_at_random_moments_change_nothing(undisturbed, tmp_path):
+@pytest.mark.matrix(sample=lambda kills: kills == 5)
+@pytest.mark.parametrize("kills", [5, 20])
+def test_kills_at_random_moments_change_nothing(undisturbed, tmp_path, kills):
     draw = random.Random(0)
     # a checkpoint every two steps: some runs get no further than the one before
-    moments = [("step", draw.randint(1, 5)) for _ in range(KILLS)]
+    moments = [("step", draw.randint(1, 5)) for _ in range(kills)]
     moments += [("checkpoint", 1), ("checkpoint", 2), ("validation", 1), ("weights", 1), ("weights", 2)]
     draw.shuffle(moments)
     context = multiprocessing.get_context("fork")
