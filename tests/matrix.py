@@ -9,9 +9,11 @@ import inspect
 import json
 import pathlib
 
+import pytest
 import torch
 
 MODES = ("sample", "all", "only")
+SAMPLED = pytest.StashKey()  # of the configuration: how many cases of each law run
 
 
 def pytest_addoption(parser):
@@ -29,7 +31,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     mode = config.getoption("matrix")
-    kept, left = [], []
+    kept, left, sampled = [], [], config.stash.setdefault(SAMPLED, {})
     for item in items:
         marker = item.get_closest_marker("matrix")
         if marker is not None:
@@ -37,9 +39,16 @@ def pytest_collection_modifyitems(config, items):
         runs = mode == "all" or (mode == "only" and marker is not None)
         runs = runs or (mode == "sample" and (marker is None or is_sampled(item, marker)))
         (kept if runs else left).append(item)
+        if marker is not None:
+            law = law_of(item.nodeid)
+            sampled[law] = sampled.get(law, 0) + runs
     if left:
         config.hook.pytest_deselected(items=left)
         items[:] = kept
+
+
+def law_of(nodeid):
+    return nodeid.partition("[")[0]
 
 
 def is_sampled(item, marker):
@@ -71,7 +80,7 @@ class Result:
         cases = dict(report.user_properties).get("cases")
         if cases is None:
             return
-        law = report.nodeid.partition("[")[0]
+        law = law_of(report.nodeid)
         for name, value in cases.items():
             self.cases.setdefault(law, {}).setdefault(name, set()).add(value)
         outcomes = self.outcomes.setdefault(law, {})
