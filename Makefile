@@ -35,7 +35,7 @@ test-gpu: $(ready)
 
 # The native CPU kernels again, with checks of every address and of undefined behaviour.
 sanitize: $(ready)
-	tools/sanitize.sh -m pytest -p no:xdist tests/test_native.py tests/ops/test_native_*.py
+	tools/sanitize.sh -m pytest -p no:xdist --matrix all tests/test_native.py tests/ops/test_native_*.py
 
 # 10,000 random calls of the public operations, on the same checked kernels: minutes.
 fuzz: $(ready)

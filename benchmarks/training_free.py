@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 import sparsifiner
 from sparsifiner.calibration.budgets import calibrate
+from sparsifiner.convert import sparse_layers
 from sparsifiner.data import evaluation_transform, make_loader, open_images
 from sparsifiner.measure.accuracy import evaluate
 from sparsifiner.measure.recall import mask_recall
 from sparsifiner.measure.timing import forward_calls, time_in_turns
 from sparsifiner.models.loading import load_model
-from sparsifiner.patch import sparse_layers
 from sparsifiner.scorers import SCORERS, Impact, Oracle, Pooled, Random, Strided, Window
 
 CALIBRATION_IMAGES = 128

@@ -12,9 +12,9 @@ from torch import nn
 import sparsifiner
 from sparsifiner.attention import SparseAttention
 from sparsifiner.cli import main
+from sparsifiner.convert import sparse_layers
 from sparsifiner.hosts import HOSTS, Host, find_host, host_of
 from sparsifiner.measure.recall import mask_recall
-from sparsifiner.patch import sparse_layers
 
 # The model, as somebody else wrote it: separate projections, no class token, layers in a list.
 

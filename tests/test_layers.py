@@ -12,7 +12,7 @@ import sparsifiner
 from sparsifiner import DynamicViT, EViT
 from sparsifiner.attention import SparseAttention
 from sparsifiner.blocks import TokenBlock
-from sparsifiner.patch import sparse_layers
+from sparsifiner.convert import sparse_layers
 from sparsifiner.scorers import LowRank
 from sparsifiner.tokens.dynamicvit.reducer import PredictingReducer
 

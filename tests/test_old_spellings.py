@@ -11,7 +11,7 @@ import sparsifiner
 from sparsifiner import BigBird, Impact, LowRank, Pooled, Random, Released, SparsifyConfig
 from sparsifiner.cli import main
 from sparsifiner.config import change_config, config_from_dict, config_to_dict, make_config
-from sparsifiner.patch import about_to_train, sparse_layers
+from sparsifiner.convert import about_to_train, sparse_layers
 
 TINY = {"img_size": 64, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2, "num_classes": 5}
 PAPER = {"preset": "paper", "keep": 0.3}

@@ -10,10 +10,10 @@ import timm
 import torch
 
 import sparsifiner
+from sparsifiner.convert import sparse_layers
 from sparsifiner.macs import count_macs
 from sparsifiner.measure.bench_ops import EVERYTHING, OpsBenchmark, benchmark_operations
 from sparsifiner.models.adapter import scorer_weights
-from sparsifiner.patch import sparse_layers
 from sparsifiner.scorers import Released
 
 

@@ -9,7 +9,7 @@ from torchvision.models import feature_extraction
 
 import sparsifiner
 from sparsifiner import EViT
-from sparsifiner.patch import sparse_layers
+from sparsifiner.convert import sparse_layers
 from tests.models import ARCHITECTURES, make_images, make_model
 
 NAMES = [

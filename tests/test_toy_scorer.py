@@ -15,8 +15,8 @@ import sparsifiner
 from sparsifiner.cli import main
 from sparsifiner.cli.options import SparsityOptions
 from sparsifiner.config import SparsifyConfig, config_from_dict, config_to_dict, make_config
+from sparsifiner.convert import about_to_train, sparse_layers
 from sparsifiner.models.loading import load_model
-from sparsifiner.patch import about_to_train, sparse_layers
 from sparsifiner.scorers import SCORERS, LowRank, Released, Scorer, ScorerOptions
 
 # the file begins

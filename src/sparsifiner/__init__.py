@@ -15,11 +15,11 @@ from sparsifiner.version import __version__ as __version__
 if TYPE_CHECKING:
     from sparsifiner.calibration.budgets import calibrate
     from sparsifiner.config import SparsifyConfig
+    from sparsifiner.convert import desparsify, sparsify, why_not
     from sparsifiner.geometry.connectivity import Connectivity
     from sparsifiner.macs import count_macs
     from sparsifiner.models.adapter import save_adapter
     from sparsifiner.models.loading import load_adapter
-    from sparsifiner.patch import desparsify, sparsify, why_not
     from sparsifiner.scorers import (
         BigBird,
         Impact,
@@ -79,12 +79,12 @@ _HOMES = {
     "Connectivity": "sparsifiner.geometry.connectivity",
     "calibrate": "sparsifiner.calibration.budgets",
     "count_macs": "sparsifiner.macs",
-    "desparsify": "sparsifiner.patch",
+    "desparsify": "sparsifiner.convert",
     "load_adapter": "sparsifiner.models.loading",
     "save_adapter": "sparsifiner.models.adapter",
-    "sparsify": "sparsifiner.patch",
+    "sparsify": "sparsifiner.convert",
     "trace": "sparsifiner.tracing",
-    "why_not": "sparsifiner.patch",
+    "why_not": "sparsifiner.convert",
 }
 
 

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sparsifiner.convert import about_to_train, sparsify
 from sparsifiner.data import evaluation_transform, make_loader, open_images
 from sparsifiner.macs import count_macs
 from sparsifiner.measure.accuracy import evaluate
 from sparsifiner.measure.timing import Timing, time_in_turns
-from sparsifiner.patch import about_to_train, sparsify
 from sparsifiner.tracing import trace
 from sparsifiner.training import Recipe, Stage, train
 from sparsifiner.viz.figures import key_list_svg

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention, dense_connectivity
+from sparsifiner.convert import sparse_layers
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.layout import Side
 from sparsifiner.hosts import host_of
-from sparsifiner.patch import sparse_layers
 
 
 @dataclass(frozen=True)

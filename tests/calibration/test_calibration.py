@@ -17,10 +17,10 @@ from sparsifiner.calibration import budgets
 from sparsifiner.calibration.budgets import calibrate, choose_budgets
 from sparsifiner.cli import main
 from sparsifiner.config import make_config
+from sparsifiner.convert import sparse_layers
 from sparsifiner.measure.recall import mask_recall
 from sparsifiner.models.adapter import is_scorer, scorer_weights
 from sparsifiner.models.loading import load_model, load_weights
-from sparsifiner.patch import sparse_layers
 from sparsifiner.scorers import LowRank
 
 SMALL = {"patch_size": 4, "depth": 3, "embed_dim": 32, "num_heads": 2, "num_classes": 10}

@@ -7,12 +7,12 @@ import torch
 
 from sparsifiner import ToMe
 from sparsifiner.config import make_config
+from sparsifiner.convert import sparse_layers
 from sparsifiner.measure import bench_model
 from sparsifiner.measure.bench_model import ModelBenchmark, benchmark_model, make_pair
 from sparsifiner.measure.parity import ParityError
 from sparsifiner.ops.select import torch_backend as select_in_torch
 from sparsifiner.ops.sparse_attention import torch_backend
-from sparsifiner.patch import sparse_layers
 
 TINY = {
     "model": "deit_tiny_patch16_224",

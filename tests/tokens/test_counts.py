@@ -6,8 +6,8 @@ import torch
 
 import sparsifiner
 from sparsifiner import DynamicViT, EViT, ToMe
+from sparsifiner.convert import sparse_layers
 from sparsifiner.models.features import token_states
-from sparsifiner.patch import sparse_layers
 from sparsifiner.tokens import Counts
 from sparsifiner.tokens.method import share_of
 from tests.models import make_images, make_model

@@ -17,13 +17,13 @@ import sparsifiner
 from sparsifiner import DynamicViT, EViT, SparsifyConfig, ToMe
 from sparsifiner.blocks import TokenBlocks
 from sparsifiner.calibration.budgets import calibrate
+from sparsifiner.convert import sparse_layers
 from sparsifiner.geometry.curve import CurveLayout
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.measure.recall import mask_recall
 from sparsifiner.models.adapter import config_to_dict, is_predictor, is_scorer
 from sparsifiner.models.features import token_states
 from sparsifiner.models.loading import load_model
-from sparsifiner.patch import sparse_layers
 from sparsifiner.plan import Call, plan
 from sparsifiner.scorers import LowRank, Released
 from sparsifiner.tokens import TOKENS

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from sparsifiner.attention import SparseAttention
 from sparsifiner.calibration.scorer_fit import fit_scorers
 from sparsifiner.config import SparsifyConfig, change_config
+from sparsifiner.convert import sparse_layers, sparsify
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.hosts import Host, host_of
 from sparsifiner.models.adapter import scorer_weights
-from sparsifiner.patch import sparse_layers, sparsify
 from sparsifiner.plan import Call, plan
 
 # List lengths at which a layer is measured, as multiples of the mean length that is asked for.

@@ -9,11 +9,11 @@ from sparsifiner.calibration.budgets import Calibration
 from sparsifiner.calibration.budgets import calibrate as calibrate_model
 from sparsifiner.calibration.picture import write_calibration
 from sparsifiner.cli.options import ImageOptions, ModelOptions, SparsityOptions, WeightOptions, build_model
+from sparsifiner.convert import about_to_train
 from sparsifiner.data import make_loader, open_images
 from sparsifiner.device import choose_device
 from sparsifiner.files import check_absent
 from sparsifiner.models.adapter import check_new, save_adapter
-from sparsifiner.patch import about_to_train
 
 _BAR = 40
 

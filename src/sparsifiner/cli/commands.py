@@ -21,6 +21,7 @@ from sparsifiner.cli.options import (
     load_chosen,
 )
 from sparsifiner.config import config_to_dict
+from sparsifiner.convert import about_to_train, desparsify, why_not
 from sparsifiner.data import ImageSet, make_loader, open_images
 from sparsifiner.demo import run_demo
 from sparsifiner.device import choose_device
@@ -31,7 +32,6 @@ from sparsifiner.measure.accuracy import evaluate as evaluate_accuracy
 from sparsifiner.measure.machine import describe_machine
 from sparsifiner.measure.recall import mask_recall as measure_recall
 from sparsifiner.models.loading import load_model, load_weights
-from sparsifiner.patch import about_to_train, desparsify, why_not
 from sparsifiner.training import Recipe, describe_plan, rehearse
 from sparsifiner.training import train as train_model
 from sparsifiner.training.data import seed_generators

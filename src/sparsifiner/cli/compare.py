@@ -10,8 +10,8 @@ from sparsifiner.compare import Comparison
 from sparsifiner.compare import compare as compare_methods
 from sparsifiner.compare.pareto import write_pareto
 from sparsifiner.compare.table import format_comparison, format_row, picture_rows
+from sparsifiner.convert import why_not
 from sparsifiner.measure.records import write_csv
-from sparsifiner.patch import why_not
 from sparsifiner.training import Recipe
 from sparsifiner.training.data import seed_generators
 

@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from torch import nn
 
+from sparsifiner.convert import about_to_train, sparsify
 from sparsifiner.hosts import host_of
 from sparsifiner.models.linformer import linformer
-from sparsifiner.patch import about_to_train, sparsify
 from sparsifiner.scorers import BigBird, Impact, Oracle, Pooled, Random, Released, Strided, Window
 from sparsifiner.tokens import DynamicViT, EViT, TokenMethod, ToMe
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from sparsifiner.attention import SparseAttention
 from sparsifiner.config import SparsifyConfig, config_to_dict
+from sparsifiner.convert import about_to_train, sparse_layers, sparsify
 from sparsifiner.device import choose_device
 from sparsifiner.hosts import host_of
 from sparsifiner.measure.candidates import Candidate, time_candidates
@@ -22,7 +23,6 @@ from sparsifiner.measure.records import Row, command_of, provenance
 from sparsifiner.measure.settings import DTYPES, Precision, check_settings, cpu_threads, one_for_each
 from sparsifiner.models.loading import load_model
 from sparsifiner.ops.backend import resolve_backend
-from sparsifiner.patch import about_to_train, sparse_layers, sparsify
 from sparsifiner.scorers import SCORERS
 
 THROUGHPUT, LATENCY, TRAINING = "throughput", "latency", "training step"

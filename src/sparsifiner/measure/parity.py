@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from sparsifiner.convert import sparse_layers
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.layout import Side
 from sparsifiner.ops.sparse_attention.api import attend_scored
-from sparsifiner.patch import sparse_layers
 from sparsifiner.scorers import BorrowingScorer, ListSpec, Scorer
 
 # Up to here the reference computes in fp64; beyond it only where fp32 itself is judged.

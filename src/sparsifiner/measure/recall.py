@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from sparsifiner.convert import sparse_layers
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.models.features import token_states
-from sparsifiner.patch import sparse_layers
 from sparsifiner.tokens.sizes import weigh_by_size
 from sparsifiner.tracing import trace, trace_projections
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention
 from sparsifiner.config import SparsifyConfig, config_from_dict, config_to_dict
+from sparsifiner.convert import sparse_layers
 from sparsifiner.files import check_absent, write_aside
-from sparsifiner.patch import sparse_layers
 
 _KEY = "sparsifiner"
 

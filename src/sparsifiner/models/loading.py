@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from sparsifiner.attention import SparseAttention, rename_released_keys
 from sparsifiner.config import SparsifyConfig
+from sparsifiner.convert import about_to_train, plan_sparsity, sparsify
 from sparsifiner.hosts import find_host, host_of
 from sparsifiner.models.adapter import is_predictor, is_scorer, read_adapter_config
-from sparsifiner.patch import about_to_train, plan_sparsity, sparsify
 from sparsifiner.scorers import SCORERS, Scorer
 
 _SHOWN_KEYS = 3

@@ -11,7 +11,7 @@ from timm.models import register_model
 from torch import nn
 
 from sparsifiner.config import SparsifyConfig
-from sparsifiner.patch import sparsify
+from sparsifiner.convert import sparsify
 
 # the models of the paper, as timm knows them; ours carry the prefix `sparsifiner_`
 _DENSE_NAMES = (

@@ -11,11 +11,11 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 from torch import nn
 
+from sparsifiner.convert import sparse_layers, why_not
 from sparsifiner.data import ImageSet
 from sparsifiner.hosts import host_of
 from sparsifiner.macs import count_macs
 from sparsifiner.models.adapter import is_scorer
-from sparsifiner.patch import sparse_layers, why_not
 from sparsifiner.scorers import SCORERS
 from sparsifiner.training.data import Share
 from sparsifiner.training.loop import train

@@ -9,8 +9,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from sparsifiner.config import config_from_dict, config_to_dict
+from sparsifiner.convert import sparse_layers
 from sparsifiner.data import ImageSet
-from sparsifiner.patch import sparse_layers
 
 _FILE = "progress.pt"
 _SHOWN = 5

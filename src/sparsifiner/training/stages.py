@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from sparsifiner.blocks import TokenBlocks
+from sparsifiner.convert import desparsify, sparse_layers
 from sparsifiner.hosts import host_of
 from sparsifiner.models.adapter import is_predictor, is_scorer
 from sparsifiner.models.features import token_states
 from sparsifiner.ops.precision import without_autocast
-from sparsifiner.patch import desparsify, sparse_layers
 from sparsifiner.scorers import BorrowingScorer
 from sparsifiner.tokens.dynamicvit.reducer import ratio_loss
 from sparsifiner.tokens.state import take_tokens

@@ -16,7 +16,7 @@ import sparsifiner
 from sparsifiner import EViT, SparsifyConfig, ToMe
 from sparsifiner.attention import SparseAttention
 from sparsifiner.config import make_config
-from sparsifiner.patch import sparse_layers
+from sparsifiner.convert import sparse_layers
 from sparsifiner.plan import Call, plan
 from sparsifiner.scorers import BigBird, Impact, LowRank, Random, Released
 from tests.models import ARCHITECTURES, make_images, make_model, summaries_of_single_patches
