@@ -43,6 +43,7 @@ class Stopwatch:
         self.library = library
         self.device = torch.device(device)
         self.call: Call = torch.Tensor
+        self.cores = os.sched_getaffinity(0)
 
     def describe(self) -> dict[str, Any]:
         """Device, versions, and which native kernels run, None for none."""
@@ -61,6 +62,7 @@ class Stopwatch:
             output: file for what the first call gives, None for none.
         """
         self.forget()
+        os.sched_setaffinity(0, self.cores)
         row = ROWS[self.device.type][name]
         row = row.tiny() if tiny else row
         torch.manual_seed(0)
@@ -79,8 +81,11 @@ class Stopwatch:
     def measure(self, calls: int) -> float:
         """Milliseconds of a call, the mean of several, each waited for.
 
-        One before them does not count: it finds the other tree's data in the caches.
+        One before them does not count: it finds the other tree's data in the caches. What gives a GPU its
+        work does so on one core, the same for all workers, since cores of a host differ.
         """
+        if self.device.type == "cuda":
+            os.sched_setaffinity(0, {min(self.cores)})
         self.call()
         self.wait()
         start = time.perf_counter()
