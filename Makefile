@@ -21,9 +21,10 @@ types: $(ready)
 unit: $(ready)
 	$(bin)/pytest -n 2
 
-# All cases of the laws of which `make test` holds a sample; what held is kept.
+# All cases of the laws of which `make test` holds a sample; what held is kept. Without = pytest would look for tests
+# beside the file of results.
 matrix: $(ready)
-	$(bin)/pytest -n 2 --matrix only --matrix-result docs/results/matrix.json
+	$(bin)/pytest -n 2 --matrix=only --matrix-result=docs/results/matrix.json
 
 # Only other requirements make the environment anew; for anything else the package is installed again.
 $(ready): requirements/dev.txt pyproject.toml tools/setup.sh CMakeLists.txt csrc $(wildcard csrc/*)
@@ -31,7 +32,7 @@ $(ready): requirements/dev.txt pyproject.toml tools/setup.sh CMakeLists.txt csrc
 
 # The same operations on a GPU, against the same reference.
 test-gpu: $(ready)
-	$(bin)/pytest --matrix all tests/test_gpu.py tests/test_triton_models.py tests/ops
+	$(bin)/pytest --matrix=all tests/test_gpu.py tests/test_triton_models.py tests/ops
 
 # The native CPU kernels again, with checks of every address and of undefined behaviour.
 sanitize: $(ready)
