@@ -1,4 +1,4 @@
-"""Modules that take the place of timm's and give it back."""
+"""Modules that take the place of a model's own and give it back."""
 
 import weakref
 from collections.abc import Collection
@@ -19,7 +19,7 @@ _HOOKS = (
 
 
 class StandIn(nn.Module):
-    """Takes the place of a module of timm's, with its submodules, hooks and mode, and gives them back.
+    """Takes the place of a module of a model, with its submodules, hooks and mode, and gives them back.
 
     Attributes:
         SHARED_MODULES: submodules that both have, by the names that checkpoints know.
@@ -33,7 +33,7 @@ class StandIn(nn.Module):
         """Takes over what a module has, which stays as it is.
 
         Args:
-            present: timm's module, or another that stands in for it.
+            present: the model's module, or another that stands in for it.
         """
         self._dense = present._dense if isinstance(present, StandIn) else (present,)
         hand_over(present, self, self.SHARED_MODULES)

@@ -388,3 +388,11 @@ def test_what_fails_leaves_scorers_as_they_were(monkeypatch):
         calibrate(model, [torch.randn(2, 3, 32, 32)], fit_steps=2, progress=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.blocks[0].attn.config == config
+
+
+def test_layers_that_moved_are_refused_before_anything_is_measured():
+    model, batches = make_sparse(), make_batches(1, 2)
+    model.blocks = model.blocks[1:]
+    with pytest.raises(ValueError, match=r"removed or moved .* call sparsifiner\.sparsify\(model\) again"):
+        calibrate(model, batches, progress=False)
+    calibrate(sparsifiner.sparsify(model), batches, fit_steps=0, progress=False)

@@ -92,13 +92,18 @@ def calibrate(
 
     Raises:
         ValueError: the model is of no family that is known here, is not sparse, is in training, shares
-            lists, has no classes to match, stays dense at this size; `match` is unknown; there is no image,
-            or they differ in size.
+            lists, lost layers in front, has no classes to match, stays dense at this size; `match` is
+            unknown; there is no image, or they differ in size.
     """
     layers = sparse_layers(model)
     host = host_of(model)
     config = layers[0].config
     _check(host, config, match, fit_steps)
+    if [layer.place.index for layer in layers] != list(range(len(layers))):
+        raise ValueError(
+            "layers were removed or moved since the model was made sparse; call sparsifiner.sparsify(model) "
+            "again first"
+        )
     batches = [batch.to(device) for batch in images]
     count = sum(map(len, batches))
     if not count:

@@ -92,7 +92,7 @@ def train(
     that of one process up to rounding. Seeds Python's, NumPy's and torch's generators.
 
     Args:
-        model: a timm Vision Transformer, as `sparsify` left it; it is trained in place.
+        model: as `sparsify` left it, or dense; it is trained in place.
         images: to train on.
         validation: to validate on after every epoch.
         recipe: how.
