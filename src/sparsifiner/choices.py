@@ -137,7 +137,8 @@ class Choices(Generic[Option]):
                     )
             elif field.default is MISSING and field.default_factory is MISSING:
                 raise TypeError(f"{self.argument}: {name} needs {option}, which has no default; give it")
-        return kind(**options)
+        # files have lists for tuples, but options are hashed: plans are remembered by them
+        return kind(**{key: tuple(each) if isinstance(each, list) else each for key, each in options.items()})
 
     @staticmethod
     def _fields_of(kind: type[Option]) -> dict[str, "Field[Any]"]:
