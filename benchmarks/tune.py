@@ -12,6 +12,7 @@ written: who finds a better value puts it into the table.
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -146,11 +147,11 @@ def tunings() -> dict[str, tuple[str, Callable[[], str]]]:
     """By name where a value is measured, and how."""
     found: dict[str, tuple[str, Callable[[], str]]] = {}
     for name, size in SIZES.items():
-        found[name] = (size.device, lambda name=name, size=size: tune_size(name, size))  # type: ignore[misc]
+        found[name] = (size.device, functools.partial(tune_size, name, size))
     for name, threshold in THRESHOLDS.items():
-        found[name] = (threshold.device, lambda name=name, each=threshold: tune_threshold(name, each))  # type: ignore[misc]
+        found[name] = (threshold.device, functools.partial(tune_threshold, name, threshold))
     for name in NATIVE:
-        found[name] = ("cpu", lambda name=name: tune_native(name))  # type: ignore[misc]
+        found[name] = ("cpu", functools.partial(tune_native, name))
     return found
 
 
