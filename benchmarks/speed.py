@@ -51,7 +51,12 @@ EVIT = make_config("fast", keep=1.0, tokens=EViT(keep=0.5), backend="cpu")
 FAST_EVIT = replace(EVIT, keep=0.25)
 
 GPU_TILES = OpsBenchmark(
-    grid=[32, 64, 128], batch_size=[32, 8, 2], keep=[0.1, 0.1, 0.05], backend="triton", device="cuda"
+    grid=[32, 64, 128],
+    batch_size=[32, 8, 2],
+    keep=[0.1, 0.1, 0.05],
+    scorer="pooled",
+    backend="triton",
+    device="cuda",
 )
 GPU_ONE = replace(GPU_TILES, grid=64, batch_size=8, keep=0.1)
 GPU_PER_QUERY = replace(

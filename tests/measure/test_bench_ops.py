@@ -10,13 +10,16 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
+from sparsifiner.config import make_config
 from sparsifiner.files import write_aside
+from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.measure import rivals
 from sparsifiner.measure.bench_ops import BACKWARD, EVERYTHING, FORWARD, OpsBenchmark, benchmark_operations
 from sparsifiner.measure.parity import ParityError
 from sparsifiner.measure.records import append_rows, command_of, provenance
 from sparsifiner.measure.results import open_results, save_results
 from sparsifiner.ops.sparse_attention import torch_backend
+from sparsifiner.scorers import Impact
 
 APPENDS = 40
 TINY = {
@@ -51,7 +54,8 @@ def rows():
 
 def test_every_part_has_a_row_for_each_grid(rows):
     parts = {(row["part"], row["measure"]) for row in rows if row["tokens"] == 17}
-    whole = (EVERYTHING, "dense: sdpa", "dense: matmul", "flex attention", "masked dense")
+    blocks = ("blocks of 4x4 keys", "blocks of 8x8 keys")
+    whole = (EVERYTHING, "dense: sdpa", "dense: matmul", "flex attention", "masked dense", *blocks)
     both = {(part, passes) for part in whole for passes in (FORWARD, BACKWARD)}
     assert parts == both | {("select", FORWARD), ("attend", FORWARD)}
     assert {(row["tokens"], row["keep"], row["budget"]) for row in rows} == {(17, 0.5, 9), (37, 0.3, 12)}
@@ -78,7 +82,23 @@ def test_rows_say_where_they_come_from(rows):
         assert row["parity_error"] <= row["parity_budget"]
         assert row["memory_bytes"] is row["memory_share"] is None  # the CPU counts none
     left_out = {row["part"] for row in rows if row["left_out"]}
-    assert left_out == {"flex attention"}
+    assert left_out == {"flex attention", "blocks of 4x4 keys", "blocks of 8x8 keys"}
+
+
+def test_keys_are_chosen_by_the_scorer_of_the_preset():
+    assert OpsBenchmark().cases()[0].config.scorer == make_config("fast").scorer
+    assert OpsBenchmark(pool=2).cases()[0].config.scorer == Impact(pool=2)
+
+
+def test_the_distance_to_dense_stands_beside_what_chose_keys():
+    rows = {row["part"]: row for row in measure(grid=12, keep=0.4, tile=4, summary=4)}
+    chose = ("attend", EVERYTHING, "blocks of 4x4 keys", "blocks of 8x8 keys")
+    assert {part for part, row in rows.items() if "relative_l2" in row} == set(chose)
+    assert rows[EVERYTHING]["relative_l2"] == rows["attend"]["relative_l2"]
+    for part in chose:
+        assert 0 < rows[part]["relative_l2"] < 1
+    # of 58 keys besides the prefix 3.6 blocks of 16, and most of one of 64 where all are whole
+    assert rows["blocks of 4x4 keys"]["key_visits"] == pytest.approx((1 + 4 * 16 + 9) / 145)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
@@ -159,6 +179,31 @@ class TestRivals:
         expected = rivals.masked_dense_attention(~pairs)(q, k, v)
         torch.testing.assert_close(flex_attention(q, k, v, block_mask=blocks), expected)
 
+    def test_block_lists_name_the_blocks_of_the_largest_means(self):
+        layout = TokenLayout((4, 6), prefix=1)
+        q, k = torch.randn(2, 1, 2, 25, 8).unbind()
+        lists = rivals.block_lists(q, k, layout, tile=2, side=4, budget=17)
+        assert lists.indices.shape == (1, 2, 6, 17)  # 1 block and the prefix
+        patches = torch.arange(24).view(4, 6)
+        blocks = [(patches[:, :4], 0), (patches[:, 4:], 1)]
+        means = torch.stack([k[:, :, 1 + block.flatten()].mean(2) for block, _ in blocks], 2)
+        query = q[:, :, 1 + patches[:2, 2:4].flatten()].mean(2)  # of the second tile
+        best = (query[:, :, None] * means).sum(-1).argmax(-1)[0]
+        for head in (0, 1):
+            expected = [0, *(1 + blocks[best[head]][0].flatten()).tolist()]
+            assert lists.indices[0, head, 1].tolist() == expected + [-1] * (17 - len(expected))
+
+    def test_blocks_that_are_larger_than_lists_are_refused(self):
+        q = torch.randn(1, 2, 64, 8)
+        with pytest.raises(ValueError, match="a list of 6 keys has no room for a block of 4x4"):
+            rivals.block_lists(q, q, TokenLayout((8, 8)), tile=2, side=4, budget=6)
+
+    def test_the_distance_to_dense_is_none_of_dense(self):
+        q, k, v = torch.randn(3, 2, 2, 9, 8).unbind()
+        dense = rivals.matmul_attention(q, k, v)
+        assert rivals.distance_to_dense(dense, (q, k, v)) < 1e-6
+        assert rivals.distance_to_dense(0 * dense, (q, k, v)) == 1
+
     def test_squares_that_are_too_large_are_not_made(self, monkeypatch):
         monkeypatch.setitem(rivals.LARGEST_SQUARE, "cpu", 100)
         rows = {row["part"]: row for row in measure(grid=4, keep=0.5)}
@@ -181,6 +226,7 @@ class TestSettings:
             ({"runs": 1}, "runs must be at least 2, got 1"),
             ({"dtype": "fp8"}, "dtype='fp8' is unknown; choose one of bf16, fp16, fp32"),
             ({"tile": 0}, "tile must be at least 1"),
+            ({"scorer": "pooled", "pool": 2}, "pool=2 is an option of scorer='impact', not of 'pooled'"),
             ({"backend": "abacus"}, "backend='abacus' is unknown"),
         ],
     )

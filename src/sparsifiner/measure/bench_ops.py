@@ -19,8 +19,11 @@ from sparsifiner.measure.inputs import projected_inputs
 from sparsifiner.measure.parity import Parity, check_operation
 from sparsifiner.measure.records import Row, command_of, provenance
 from sparsifiner.measure.rivals import (
+    BLOCK_SIDES,
     Attention,
+    block_lists,
     dense_paths,
+    distance_to_dense,
     flex_blocks_attention,
     masked_dense_attention,
     matmul_attention,
@@ -32,7 +35,7 @@ from sparsifiner.ops import sparse_attention
 from sparsifiner.ops.backend import resolve_backend
 from sparsifiner.ops.sparse_attention.api import attend_scored
 from sparsifiner.plan import Call, plan
-from sparsifiner.scorers import SCORERS, ListSpec, Place, Scorer
+from sparsifiner.scorers import SCORERS, Impact, ListSpec, Place, Scorer
 
 EVERYTHING = "everything"
 FORWARD, BACKWARD = "forward", "forward + backward"
@@ -56,7 +59,10 @@ class OpsBenchmark:
         summary: side in patches of the summary windows, "auto", or "none".
         share: layers that attend by the same lists; "everything" then is the mean over as many layers, one of
             which scores and selects.
-        scorer: who chooses the keys; the low-rank one has random parameters, spread as trained ones are.
+        scorer: who chooses the keys, by default that of the preset "fast"; the low-rank one has random
+            parameters, spread as trained ones are.
+        pool: side in patches of the squares whose mean queries score, of the scorer "impact"; the preset's by
+            default.
         backend: of selection and attention.
         backward: time forward and backward together, too.
         device: where to compute, such as "cuda" or "cpu"; "auto" takes a GPU if there is one.
@@ -76,7 +82,8 @@ class OpsBenchmark:
     tile: int = 8
     summary: int | Literal["auto", "none"] | None = 8
     share: int = 1
-    scorer: Literal["pooled", "impact", "lowrank"] = "pooled"
+    scorer: Literal["pooled", "impact", "lowrank"] = "impact"
+    pool: int | None = None
     backend: str = "auto"
     backward: bool = False
     device: str = "auto"
@@ -88,6 +95,8 @@ class OpsBenchmark:
     def __post_init__(self) -> None:
         """Rejects impossible values by name."""
         check_settings(self, {"grid": 1, "heads": 1, "head_dim": 1, "prefix": 0})
+        if self.pool is not None and self.scorer != "impact":
+            raise ValueError(f"pool={self.pool} is an option of scorer='impact', not of {self.scorer!r}")
         self.cases()
 
     def cases(self) -> list["Case"]:
@@ -110,7 +119,7 @@ class OpsBenchmark:
             profile="even",
             tile=self.tile,
             summary=None if self.summary == "none" else self.summary,
-            scorer=SCORERS.read(self.scorer),
+            scorer=Impact(pool=self.pool) if self.scorer == "impact" else SCORERS.read(self.scorer),
             share=self.share,
             backend=self.backend,
         )
@@ -167,8 +176,10 @@ def benchmark_operations(settings: OpsBenchmark) -> Iterator[list[Row]]:
     Yields:
         The rows of each case, one per candidate: "select" (scores and selection), "attend" (on given
         lists, summaries included), "everything" (both), dense paths by name, "flex attention" (random
-        blocks of equal density) and "masked dense" (the official way). See `time_candidates` for their
-        columns.
+        blocks of equal density), "masked dense" (the official way), and "blocks of 4x4 keys" and of 8x8:
+        attention as "attend", on given lists of whole blocks and as many keys. See `time_candidates` for
+        their columns; `relative_l2` is the distance ‖x - dense‖ / ‖dense‖ of the first image's result,
+        where keys were chosen for these inputs.
 
     Raises:
         ParityError: the backend computes something else than the reference.
@@ -215,7 +226,8 @@ def _measure(case: Case, settings: OpsBenchmark, device: torch.device, source: R
 
     visits = (spec.budget + case.windows) / case.layout.tokens
     lists = [scorer(q, k, v, spec) for q, k, v in sets]
-    details = {"key_visits": visits}
+    result, _ = result_and_lists()
+    details = {"key_visits": visits, "relative_l2": distance_to_dense(result, sets[0])}
     shared: dict[str, Any] = {"whole": False, "required": True, "details": details}
     select = [functools.partial(scorer, q, k, v, spec) for q, k, v in sets]
     attend = [
@@ -224,12 +236,13 @@ def _measure(case: Case, settings: OpsBenchmark, device: torch.device, source: R
     ]
     gradient = upstream if settings.backward else None
     candidates = [
-        Candidate("select", FORWARD, select, **shared),
+        Candidate("select", FORWARD, select, **shared | {"details": {"key_visits": visits}}),
         Candidate("attend", FORWARD, attend, **shared),
         *_passes(
             EVERYTHING, everything, sets, gradient, required=True, needs=result_and_lists, details=details
         ),
         *_rivals(case, settings, sets, gradient, lists[0], generator),
+        *_block_rivals(case, sets, gradient, spec),
     ]
     rows = time_candidates(
         candidates,
@@ -272,6 +285,33 @@ def _rivals(
     masked = [] if no_square else [masked_dense_attention(~connectivity.to_mask())]
     details = {"key_visits": budget / N}
     rivals += _passes("masked dense", masked, sets, upstream, why_not=no_square, details=details)
+    return rivals
+
+
+def _block_rivals(case: Case, sets: list[Inputs], upstream: Tensor | None, spec: ListSpec) -> list[Candidate]:
+    """Our attention on lists of whole blocks, at as many visits as whole blocks allow."""
+    rivals = []
+    for side in BLOCK_SIDES:
+        attentions: list[Attention] = []
+        details, why_not = {}, None
+        try:
+            lists = [block_lists(q, k, case.layout, spec.tile, side, spec.budget) for q, k, _ in sets]
+        except ValueError as error:
+            why_not = str(error)
+        else:
+            attentions = [
+                functools.partial(
+                    sparse_attention, connectivity=each, summary=case.summary, backend=spec.backend
+                )
+                for each in lists
+            ]
+            result = _forward(attentions[0], sets[0])
+            details = {
+                "key_visits": lists[0].density() + case.windows / case.layout.tokens,
+                "relative_l2": distance_to_dense(result, sets[0]),
+            }
+        name = f"blocks of {side}x{side} keys"
+        rivals += _passes(name, attentions, sets, upstream, why_not=why_not, details=details)
     return rivals
 
 
@@ -327,6 +367,7 @@ def _describe(case: Case, settings: OpsBenchmark, spec: ListSpec, sets: int, par
         "share": case.config.share,
         "summary": case.summary,
         "scorer": SCORERS.name_of(case.config.scorer),
+        "pool": settings.pool,
         "backend": case.config.backend,
         "parity_error": parity.error,
         "parity_budget": parity.budget,

@@ -8,11 +8,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from sparsifiner.geometry.connectivity import Connectivity
+from sparsifiner.geometry.layout import Layout
+
 # q, k and v [B, H, N, d] to the result [B, H, N, d]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 DENSE = "dense: "
 FLEX_BLOCK = 128
+# Sides in patches of the blocks of keys that other methods list.
+BLOCK_SIDES = (4, 8)
 # Elements of a whole [B, H, N, N]: of the mask bytes, of its logits several times as many.
 LARGEST_SQUARE = {"cpu": 2**28, "cuda": 2**31}
 
@@ -52,6 +57,19 @@ def masked_dense_attention(excluded: Tensor) -> Attention:
         return out
 
     return attend
+
+
+@torch.no_grad()
+def distance_to_dense(result: Tensor, inputs: tuple[Tensor, Tensor, Tensor]) -> float:
+    """‖x - dense‖ / ‖dense‖ of the first image of a result [B, H, N, d], dense attention being in fp32.
+
+    Args:
+        result: of attention, in any way.
+        inputs: its q, k and v, each [B, H, N, d].
+    """
+    q, k, v = (each[:1].float() for each in inputs)
+    dense = F.scaled_dot_product_attention(q, k, v)
+    return float((result[:1].float() - dense).norm() / dense.norm())
 
 
 def flex_blocks_attention(blocks: BlockMask) -> Attention:
@@ -101,6 +119,37 @@ def random_blocks(tokens: int, density: float, generator: torch.Generator) -> tu
         seq_lengths=(tokens, tokens),
     )
     return blocks, kept / side
+
+
+def block_lists(q: Tensor, k: Tensor, layout: Layout, tile: int, side: int, budget: int) -> Connectivity:
+    """Lists of whole blocks of keys, as other methods choose them: by the means of their keys.
+
+    A tile lists the blocks whose mean key has the largest product with its mean query, and the prefix.
+
+    Args:
+        q: [B, H, N, d] queries.
+        k: [B, H, N, d] keys.
+        layout: where the tokens lie.
+        tile: side in patches of the square of queries that share a list.
+        side: of a block in patches.
+        budget: keys of a list, rounded to whole blocks.
+
+    Raises:
+        ValueError: a list has fewer keys than half of a block.
+    """
+    blocks = min(layout.squares(side), round((budget - layout.prefix) / layout.square_patches(side)))
+    if blocks < 1:
+        raise ValueError(f"a list of {budget} keys has no room for a block of {side}x{side}")
+    B, H, _, _ = q.shape
+    means = [layout.square_means(x[:, :, layout.prefix :].float(), cut) for x, cut in ((q, tile), (k, side))]
+    chosen = (means[0] @ means[1].mT).topk(blocks).indices
+    tokens = layout.square_tokens(side, q.device)[chosen].flatten(-2)
+    prefix = torch.arange(layout.prefix, device=q.device).expand(B, H, tokens.shape[2], -1)
+    # ascending, empty slots last
+    tokens = torch.cat([prefix, tokens], -1)
+    tokens = torch.where(tokens < 0, layout.tokens, tokens).sort(-1).values
+    tokens = torch.where(tokens < layout.tokens, tokens, -1).int()
+    return Connectivity.over(layout, tokens, tile, check=False, selected=True)
 
 
 def why_not_square(batch: int, heads: int, tokens: int, device: torch.device) -> str | None:
