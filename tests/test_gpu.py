@@ -1,5 +1,7 @@
 """The torch backend on a GPU against the reference in fp64."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -86,19 +88,25 @@ def test_operations_are_timed_as_graphs(scorer):
     assert everything["memory_bytes"] > 0
 
 
-def test_models_and_training_steps_are_timed_as_graphs():
+@pytest.mark.parametrize("train", [False, True])
+def test_models_and_training_steps_are_called_in_every_way(train):
     settings = ModelBenchmark(
         model="deit_tiny_patch16_224",
         model_args={"depth": 2},
         img_size=256,
         batch_size=2,
-        train=True,
+        train=train,
         runs=3,
         device="cuda",
     )
-    (rows,) = benchmark_model(settings, make_config("fast", keep=0.2))
-    assert len(rows) == 12
-    for row in rows:
+    every = [row for rows in benchmark_model(settings, make_config("fast", keep=0.2)) for row in rows]
+    ways = ["eager", "compiled"] if train else ["eager", "compiled", "reduce-overhead"]
+    batches = [2] if train else [2, 1]
+    seen = [(row["batch"], row["way"], row["part"]) for row in every]
+    assert seen == list(itertools.product(batches, ways, ["dense", "sparse"]))
+    for row in every:
         assert row["left_out"] is None
-        assert row["graph"]
-        assert row["memory_bytes"] > 0
+        assert 0 < row["host_ms"] <= row["high_ms"]
+        assert row["kernel_ms"] > 0
+        assert (row["memory_bytes"] is None) == (row["way"] == "reduce-overhead")
+        assert row["sparse_layers"] == row["layers"] == 2

@@ -1,5 +1,6 @@
 """The benchmark of whole models."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -32,36 +33,91 @@ def measure(config=SPARSE, **options):
     return [row for rows in benchmark_model(ModelBenchmark(**{**TINY, **options}), config) for row in rows]
 
 
-def test_rows_of_sizes_measures_and_models():
-    rows = measure(train=True)
-    seen = [(row["img_size"], row["measure"], row["part"], row["batch"]) for row in rows]
+def test_rows_of_sizes_batches_and_models():
+    rows = measure()
+    seen = [(row["img_size"], row["batch"], row["part"]) for row in rows]
     assert seen == [
-        (size, measure, part, batch)
-        for size in (64, 96)
-        for measure, batch in (("throughput", 2), ("latency", 1), ("training step", 2))
-        for part in ("dense", "sparse")
+        (size, batch, part) for size in (64, 96) for batch in (2, 1) for part in ("dense", "sparse")
     ]
+    assert {(row["measure"], row["way"]) for row in rows} == {("forward", "eager")}
     for dense, sparse in zip(rows[::2], rows[1::2], strict=True):
-        assert dense["ratio"] == 1
+        assert (dense["ratio"], dense["difference_ms"]) == (1, 0)
         assert sparse["baseline"] == "dense"
         assert sparse["ratio"] == dense["median_ms"] / sparse["median_ms"]
+        assert sparse["ratio_low"] <= sparse["ratio_high"]
+        assert sparse["difference_low_ms"] <= sparse["difference_ms"] <= sparse["difference_high_ms"]
         assert sparse["images_per_second"] == pytest.approx(1e3 * sparse["batch"] / sparse["median_ms"])
         assert 0 < sparse["parity_error"] <= sparse["parity_budget"] < 1e-5
         assert sparse["parity_agreement"] > 0.99
         assert sparse["weights"] == "random, cast to fp32"
+        assert sparse["layers"] == sparse["sparse_layers"] == 1
+        # what the clock of the GPU, its profiler and its allocator tell
+        assert sparse["host_ms"] is sparse["kernel_ms"] is sparse["memory_bytes"] is None
         assert sparse["left_out"] is None
     assert {row["tokens"] for row in rows} == {17, 37}
     assert rows[0]["command"].endswith("--runs 2 --warmup 0 --keep 0.3 --tile 2")
 
 
-def test_the_faster_of_dense_and_compiled_dense_is_the_baseline(monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
-    rows = {row["part"]: row for row in measure(img_size=64, compile=True, latency=False)}
-    assert rows.keys() == {"dense", "dense compiled", "sparse", "sparse compiled"}
-    fastest = min("dense", "dense compiled", key=lambda name: rows[name]["median_ms"])
-    for row in rows.values():
-        assert row["baseline"] == fastest
-        assert row["ratio"] == rows[fastest]["median_ms"] / row["median_ms"]
+def test_training_steps_take_the_place_of_forward_passes():
+    rows = measure(train=True, img_size=64)
+    seen = [(row["measure"], row["batch"], row["part"]) for row in rows]
+    assert seen == [("training step", 2, "dense"), ("training step", 2, "sparse")]
+    assert rows[1]["ratio"] == rows[0]["median_ms"] / rows[1]["median_ms"]
+
+
+def test_a_training_step_changes_a_copy_only():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    before = copy.deepcopy(model.state_dict())
+    bench_model._training_step(model, torch.randn(4, 3, 2, 2), bench_model.EAGER)()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_several_batches_of_one_size_and_images_that_are_no_squares():
+    rows = measure(img_size="64x96", batch_size=[1, 3], latency=False)
+    assert [(row["img_size"], row["batch"], row["tokens"]) for row in rows[::2]] == [
+        ("64x96", 1, 25),
+        ("64x96", 3, 25),
+    ]
+    assert "--img-size 64x96 --batch-size 1 3" in rows[0]["command"]
+
+
+def test_what_is_done_is_left_out():
+    done = {(64, 2, "eager"), (64, 1, "eager"), (96, 1, "eager")}
+    settings = ModelBenchmark(**TINY)
+    (rows,) = benchmark_model(settings, SPARSE, done)
+    assert [(row["img_size"], row["batch"], row["part"]) for row in rows] == [
+        (96, 2, "dense"),
+        (96, 2, "sparse"),
+    ]
+
+
+def test_layers_that_stay_dense_are_told():
+    rows = measure(
+        replace(SPARSE, keep=[0.3, 1.0]), model_args={**TINY["model_args"], "depth": 2}, img_size=64
+    )
+    assert {(row["layers"], row["sparse_layers"]) for row in rows} == {(2, 1)}
+
+
+def test_models_are_called_in_several_ways():
+    settings = ModelBenchmark(latency=False)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert settings.ways(cpu) == ["eager", "compiled"]
+    assert settings.ways(cuda) == ["eager", "compiled", "reduce-overhead"]
+    assert replace(settings, compile=False).ways(cuda) == ["eager"]
+    assert replace(settings, train=True).ways(cuda) == ["eager", "compiled"]
+
+
+def test_compiled_sparse_is_compared_with_compiled_dense(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options) or model)
+    rows = {(row["way"], row["part"]): row for row in measure(img_size=64, compile=True, latency=False)}
+    assert list(rows) == [(way, part) for way in ("eager", "compiled") for part in ("dense", "sparse")]
+    assert asked == [{"mode": None}] * 2
+    for way in ("eager", "compiled"):
+        dense, sparse = rows[way, "dense"], rows[way, "sparse"]
+        assert sparse["ratio"] == dense["median_ms"] / sparse["median_ms"]
 
 
 def test_models_that_do_not_compile_are_left_out_and_named(monkeypatch):
@@ -72,9 +128,11 @@ def test_models_that_do_not_compile_are_left_out_and_named(monkeypatch):
         return compiled
 
     monkeypatch.setattr(torch, "compile", fail)
-    rows = {row["part"]: row for row in measure(img_size=64, compile=True, latency=False)}
-    assert rows["dense compiled"]["left_out"] == rows["sparse compiled"]["left_out"] == "no compiler"
-    assert rows["sparse"]["ratio"] == rows["dense"]["median_ms"] / rows["sparse"]["median_ms"]
+    rows = {(row["way"], row["part"]): row for row in measure(img_size=64, compile=True, latency=False)}
+    for part in ("dense", "sparse"):
+        assert rows["compiled", part]["left_out"] == "no compiler"
+        assert rows["compiled", part]["median_ms"] is rows["compiled", part]["baseline"] is None
+    assert rows["eager", "sparse"]["ratio"] > 0
 
 
 def flipped(q, k, v, *rest):
@@ -116,7 +174,7 @@ def test_patterns_merged_tokens_and_shared_lists_pass(options):
 
 
 def test_sizes_beyond_the_reference_are_timed_without_it(monkeypatch):
-    monkeypatch.setattr(bench_model, "_REFERENCE_TOKENS", 17)
+    monkeypatch.setitem(bench_model._REFERENCE_TOKENS, "cpu", 17)
     rows = measure(latency=False)
     assert [row["parity_error"] is None for row in rows] == [False, False, True, True]
 
@@ -139,3 +197,6 @@ def test_impossible_settings_are_named():
         measure(model="sparsifiner_deit_tiny_patch16_224")
     with pytest.raises(ValueError, match="img_size=50 is not a multiple"):
         measure(img_size=50)
+    for size in (0, "64x", "64x0", "x", -16):
+        with pytest.raises(ValueError, match="is no size of an image; give its side in pixels"):
+            ModelBenchmark(**{**TINY, "img_size": size, "batch_size": 1})

@@ -22,13 +22,13 @@ ROW = {
 
 def test_the_latest_row_counts_and_other_parts_are_not_drawn():
     rows = [ROW, ROW | {"ratio": 0.7}, ROW | {"part": "dense: sdpa"}, ROW | {"ratio": None, "tokens": 9}]
-    assert _lines(rows, "tokens") == {"forward, bf16, pooled, GPU": [ROW | {"ratio": 0.7}]}
+    assert _lines(rows) == {"forward, bf16, pooled, GPU": [ROW | {"ratio": 0.7}]}
 
 
-def test_the_faster_of_sparse_and_compiled_sparse_is_drawn():
-    sparse = ROW | {"part": "sparse", "ratio": 1.2}
-    rows = [sparse, ROW | {"part": "sparse compiled", "ratio": 1.1}]
-    assert list(_lines(rows, "tokens").values()) == [[sparse]]
+def test_every_way_of_calling_has_a_line():
+    eager = ROW | {"part": "sparse", "way": "eager", "measure": "forward"}
+    rows = [eager, eager | {"way": "compiled", "ratio": 1.1}]
+    assert list(_lines(rows)) == ["forward, eager, bf16, pooled, GPU", "forward, compiled, bf16, pooled, GPU"]
 
 
 def test_every_option_tells_lines_apart():
@@ -41,15 +41,15 @@ def test_every_option_tells_lines_apart():
     }
     plain = ROW | {"share": 1, "profile": "even", "pool": None, "min_tokens": 0, "token_method": None}
     rows = [plain, *(plain | {name: value} for name, value in others.items())]
-    lines = _lines(rows, "tokens")
+    lines = _lines(rows)
     assert sorted(map(len, lines.values())) == [1] * len(rows)
     assert "forward, bf16, pooled, even, share 2, min_tokens 0, GPU" in lines
 
 
 def test_keep_and_batch_may_change_along_a_line_but_not_within_a_size():
     larger = ROW | {"tokens": 1024, "batch": 2, "keep": 0.05}
-    assert list(_lines([larger, ROW], "tokens").values()) == [[ROW, larger]]
-    lines = _lines([ROW, ROW | {"keep": 0.25}, larger], "tokens")
+    assert list(_lines([larger, ROW]).values()) == [[ROW, larger]]
+    lines = _lines([ROW, ROW | {"keep": 0.25}, larger])
     assert [label.rpartition(", ")[2] for label in lines] == ["keep 0.1", "keep 0.25", "keep 0.05"]
 
 

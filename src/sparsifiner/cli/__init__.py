@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import logging
+import re
 import sys
 from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
@@ -174,7 +175,7 @@ def _with_underscores(argument: str) -> str:
 
 
 def _join_lists(arguments: Sequence[str]) -> list[str]:
-    """`--keep 0.5 0.1` as `--keep [0.5,0.1]`: no option takes more than one number otherwise."""
+    """`--keep 0.5 0.1` as `--keep [0.5,0.1]`: no option takes more than one number or size otherwise."""
     joined: list[str] = []
     numbers: list[str] = []
     for argument in [*arguments, "--"]:
@@ -189,6 +190,9 @@ def _join_lists(arguments: Sequence[str]) -> list[str]:
 
 
 def _is_number(text: str) -> bool:
+    """Whether it is a number, or the size of an image: "1024x2048"."""
+    if re.fullmatch(r"\d+x\d+", text):
+        return True
     try:
         float(text)
     except ValueError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from sparsifiner.cli.options import SparsityOptions
-from sparsifiner.measure.bench_model import ModelBenchmark, benchmark_model
+from sparsifiner.measure.bench_model import SPARSE, ModelBenchmark, benchmark_model
 from sparsifiner.measure.bench_ops import OpsBenchmark, benchmark_operations
 from sparsifiner.measure.records import Row
 from sparsifiner.measure.results import open_results, save_results
@@ -27,7 +27,7 @@ def bench_ops(settings: OpsBenchmark, *, output: Path | None = None, json: bool 
 def bench_model(
     settings: ModelBenchmark, sparsity: SparsityOptions, *, output: Path | None = None, json: bool = False
 ) -> None:
-    """Times a sparse model against its dense twin: throughput, latency and, if asked for, training steps.
+    """Times calls of a sparse model against its dense twin, called the same way: forward or training steps.
 
     Args:
         settings: what to time.
@@ -59,30 +59,61 @@ def _report(cases: Iterator[list[Row]], output: Path | None, json: bool) -> None
 
 
 def format_table(rows: list[Row]) -> str:
-    """The rows of one case as an aligned text table under a line that says what they have in common."""
+    """Rows that were measured together as an aligned text table under a line that says what they share."""
     first = rows[0]
-    if first["benchmark"] == "ops":
-        case = f"N = {first['tokens']}, {first['heads']} heads of {first['head_dim']}, batch {first['batch']}"
-    else:
+    of_model = first["benchmark"] == "model"
+    if of_model:
         case = f"{first['model']}, {first['img_size']} px, N = {first['tokens']}, batch {first['batch']}"
-    lines = [
+    else:
+        case = f"N = {first['tokens']}, {first['heads']} heads of {first['head_dim']}, batch {first['batch']}"
+    shared = (
         f"{case}, {first['dtype']}, keep {first['keep']}, tile {first['tile']}, summary {first['summary']}, "
-        f"{first['scorer']}, on {first['device']}",
-        f"{'ratio: fastest dense / own':40}{'ms':>9}{'p10':>9}{'p90':>9}{'ratio':>8}{'images/s':>10}",
-    ]
+        f"{first['scorer']}, on {first['device']}"
+    )
+    return "\n".join([shared, *(_lines_of_calls(rows) if of_model else _lines_of_operations(rows))])
+
+
+def _lines_of_operations(rows: list[Row]) -> list[str]:
+    lines = [f"{'ratio: fastest dense / own':40}{'ms':>9}{'p10':>9}{'p90':>9}{'ratio':>8}{'relL2':>8}"]
     for row in rows:
         name = f"{row['part']} ({row['measure']})"
         if row["left_out"] is not None:
             lines.append(f"{name:40}left out: {row['left_out']}")
             continue
-        times = "".join(f"{row[column]:9.4g}" for column in ("median_ms", "low_ms", "high_ms"))
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        figures = _cells(row, ("median_ms", "low_ms", "high_ms")) + _cell(row["ratio"], "8.2f")
         notes = ["fastest dense"] if row["part"] == row["baseline"] else []
         if row["memory_bytes"] is not None:
             notes.append(f"{row['memory_bytes'] / 2**20:.1f} MiB beyond inputs and result")
         if row["cuda"] is not None and not row["graph"]:
             notes.append("launched every time")
-        speed = row.get("images_per_second")
-        shown = "" if speed is None else f"{speed:.1f}"
-        lines.append(f"{name:40}{times}{ratio:>8}{shown:>10}  {', '.join(notes)}".rstrip())
-    return "\n".join(lines)
+        figures += _cell(row.get("relative_l2"), "8.3f")
+        lines.append(f"{name:40}{figures}  {', '.join(notes)}".rstrip())
+    return lines
+
+
+def _lines_of_calls(rows: list[Row]) -> list[str]:
+    header = "".join(f"{title:>9}" for title in ("ms", "p10", "p90", "+ ms", "host ms", "kernels"))
+    heading = f"{'ratio: dense called the same way / own':40}"
+    lines = [f"{heading}{header}{'ratio':>8}{'p10':>6}{'p90':>6}{'images/s':>10}"]
+    for row in rows:
+        name = f"{row['part']}, {row['way']} ({row['measure']})"
+        if row["left_out"] is not None:
+            lines.append(f"{name:40}left out: {row['left_out']}")
+            continue
+        figures = _cells(row, ("median_ms", "low_ms", "high_ms", "difference_ms", "host_ms", "kernel_ms"))
+        figures += _cell(row["ratio"], "8.2f") + _cell(row["ratio_low"], "6.2f")
+        figures += _cell(row["ratio_high"], "6.2f") + _cell(row["images_per_second"], "10.1f")
+        notes = [f"{row['sparse_layers']} of {row['layers']} layers sparse"] if row["part"] == SPARSE else []
+        if row["memory_bytes"] is not None:
+            notes.append(f"{row['memory_bytes'] / 2**20:.1f} MiB beyond the result")
+        lines.append(f"{name:40}{figures}  {', '.join(notes)}".rstrip())
+    return lines
+
+
+def _cells(row: Row, columns: tuple[str, ...]) -> str:
+    return "".join(_cell(row[column], "9.4g") for column in columns)
+
+
+def _cell(value: float | None, form: str) -> str:
+    """A number, or as much space where there is none."""
+    return " " * len(format(0.0, form)) if value is None else format(value, form)

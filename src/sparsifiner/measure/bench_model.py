@@ -1,9 +1,9 @@
-"""Times whole models: dense as timm makes them and sparse, each as it is and compiled."""
+"""Times calls of whole models: sparse against dense as timm makes it, both called the same way."""
 
 import copy
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,41 +17,53 @@ from sparsifiner.config import SparsifyConfig, config_to_dict
 from sparsifiner.convert import about_to_train, sparse_layers, sparsify
 from sparsifiner.device import choose_device
 from sparsifiner.hosts import host_of
-from sparsifiner.measure.candidates import Candidate, time_candidates
+from sparsifiner.measure.calls import compare_calls, kernel_milliseconds, time_calls
+from sparsifiner.measure.candidates import why_it_fails
+from sparsifiner.measure.memory import scratch_bytes
 from sparsifiner.measure.parity import check_model
 from sparsifiner.measure.records import Row, command_of, provenance
-from sparsifiner.measure.settings import DTYPES, Precision, check_settings, cpu_threads, one_for_each
+from sparsifiner.measure.settings import (
+    DTYPES,
+    ImageSize,
+    Precision,
+    check_settings,
+    cpu_threads,
+    one_for_each,
+    sides_of,
+)
 from sparsifiner.models.loading import load_model
 from sparsifiner.ops.backend import resolve_backend
 from sparsifiner.scorers import SCORERS
+from sparsifiner.tracing import trace
 
-THROUGHPUT, LATENCY, TRAINING = "throughput", "latency", "training step"
+FORWARD, TRAINING = "forward", "training step"
 DENSE, SPARSE = "dense", "sparse"
-_AS_IT_IS, _COMPILED = "as it is", "compiled"
+EAGER, COMPILED, REDUCED = "eager", "compiled", "reduce-overhead"
 
-# Up to here the reference backend, which keeps all logits, is at hand to compare with.
-_REFERENCE_TOKENS = 4097
-_INPUT_SETS = 2
+# Up to here the reference backend, which keeps all logits of one head, is at hand to compare with.
+_REFERENCE_TOKENS = {"cpu": 4097, "cuda": 16385}
 # So small that weights stay what they are while steps are timed.
 _LEARNING_RATE = 1e-6
 
 
-Calls = list[Callable[[], object]]
+# size of the images, images per call, and how the model is called
+Setting = tuple[ImageSize, int, str]
 
 
 @dataclass(frozen=True)
 class ModelBenchmark:
-    """Which models to time.
+    """Which models to time, and how they are called.
 
     Attributes:
         model: timm name of a dense model.
         model_args: more arguments for timm, as JSON: '{"num_classes": 10}'.
-        img_size: sides of the input in pixels, one or several: '224 512'.
-        batch_size: images per batch, one for all sizes or one per size.
+        img_size: sides of the input in pixels, one or several: '224 512'; height and width of images that are
+            no squares: '1024x2048'.
+        batch_size: images per call, one for all sizes, one per size, or several for one size: '1 8'.
         dtype: of weights and images; weights are cast, there is no autocast.
-        compile: time compiled models, too.
-        latency: time single images, too.
-        train: time training steps, too: forward, cross entropy, backward and AdamW.
+        compile: time compiled models, too; forward passes on a GPU also with mode="reduce-overhead".
+        latency: time forward passes of single images, too.
+        train: time training steps (forward, cross entropy, backward and AdamW) in place of forward passes.
         device: where to compute, such as "cuda" or "cpu"; "auto" takes a GPU if there is one.
         threads: of the CPU, torch's choice by default.
         runs: rounds that count.
@@ -61,7 +73,9 @@ class ModelBenchmark:
 
     model: str = "deit_small_patch16_224"
     model_args: dict[str, Any] | None = None
-    img_size: int | list[int] = field(default_factory=lambda: [224, 384, 512, 768, 1024])
+    img_size: ImageSize | list[ImageSize] = field(
+        default_factory=lambda: list[ImageSize]((224, 384, 512, 768, 1024))
+    )
     batch_size: int | list[int] = 8
     dtype: Precision = "bf16"
     compile: bool = True
@@ -75,33 +89,68 @@ class ModelBenchmark:
 
     def __post_init__(self) -> None:
         """Rejects impossible values by name."""
-        check_settings(self, {"img_size": 1})
-        self.cases()
+        check_settings(self, {})
+        for size, _ in self.cases():
+            sides_of(size)
 
-    def cases(self) -> list[tuple[int, int]]:
-        """Sides in pixels with their batch sizes.
+    def cases(self) -> list[tuple[ImageSize, int]]:
+        """Sizes of images with the number of images per call; those of one size follow each other.
 
         Raises:
             ValueError: the lists differ in length.
         """
-        sizes = self.img_size if isinstance(self.img_size, list) else [self.img_size]
+        sizes: list[ImageSize] = self.img_size if isinstance(self.img_size, list) else [self.img_size]
+        if len(sizes) == 1 and isinstance(self.batch_size, list):
+            sizes = sizes * len(self.batch_size)
         batches = one_for_each("batch_size", self.batch_size, "img_size", len(sizes))
-        return list(zip(sizes, batches, strict=True))
+        cases = []
+        for size, batch in zip(sizes, batches, strict=True):
+            cases += [(size, batch), (size, 1)] if self.latency and not self.train else [(size, batch)]
+        return list(dict.fromkeys(cases))
+
+    def ways(self, device: torch.device) -> list[str]:
+        """How models are called on a device."""
+        compiled = [COMPILED] if self.train or device.type != "cuda" else [COMPILED, REDUCED]
+        return [EAGER, *(compiled if self.compile else [])]
 
 
-def benchmark_model(settings: ModelBenchmark, config: SparsifyConfig) -> Iterator[list[Row]]:
-    """Times a dense model and its sparse twin, weights and images random, in turns.
+@dataclass(frozen=True)
+class _Prepared:
+    """A dense model and its sparse twin with images of one size.
 
-    Before anything of a size is timed, lists and attention of every layer are compared with the reference, up
-    to 4,097 tokens. On a GPU every candidate is replayed as a CUDA graph, compiled or not.
+    Attributes:
+        models: both, by name.
+        images: [B, 3, H, W], as many as the largest call takes.
+        described: columns that all of its rows share.
+    """
+
+    models: dict[str, nn.Module]
+    images: Tensor
+    described: Row
+
+
+def benchmark_model(
+    settings: ModelBenchmark, config: SparsifyConfig, done: Collection[Setting] = ()
+) -> Iterator[list[Row]]:
+    """Times calls of a dense model and its sparse twin, weights and images random.
+
+    Both are called the same way, one after the other, round by round: as they are, compiled, and on a GPU
+    compiled with mode="reduce-overhead". A call is timed by the host's clock until its result is there.
+    Before anything of a size is timed, lists and attention of every layer are compared with the reference,
+    up to 4,097 tokens on a CPU and 16,385 on a GPU.
 
     Args:
         settings: what to time.
         config: how sparse.
+        done: what is left out.
 
     Yields:
-        The rows of each size: "dense", "dense compiled", "sparse" and "sparse compiled", each for throughput,
-        latency (one image) and training steps as asked for. See `time_candidates` for their columns.
+        The rows of each setting: `part` "dense" and "sparse". Besides the columns of `compare_calls`, which
+        compare with dense called the same way, they have `way` ("eager", "compiled", "reduce-overhead"),
+        `measure` ("forward" or "training step"), `sparse_layers` of `layers`, `kernel_ms` (the sum of the
+        kernels' times of a call on a GPU), `images_per_second`, and `memory_bytes`, the peak of a call beyond
+        its result (None on a CPU, and with reduce-overhead, which keeps its memory between calls). Where one
+        did not run, `left_out` says why.
 
     Raises:
         ParityError: the backend computes something else than the reference.
@@ -111,12 +160,21 @@ def benchmark_model(settings: ModelBenchmark, config: SparsifyConfig) -> Iterato
     resolve_backend(config.backend, "sparse_attention", device)
     options = command_of("", config).removeprefix("sparsifiner")
     source = {**provenance(device), "command": command_of("bench model", settings) + options}
-    with cpu_threads(settings.threads):
-        for size, batch in tqdm(settings.cases(), desc="sizes", disable=None, leave=False):
-            yield _measure(size, batch, settings, config, device, source)
+    wanted = [(*case, way) for case in settings.cases() for way in settings.ways(device)]
+    wanted = [setting for setting in wanted if setting not in done]
+    with (
+        cpu_threads(settings.threads),
+        tqdm(desc="calls", total=len(wanted), disable=None, leave=False) as bar,
+    ):
+        for size, group in itertools.groupby(wanted, lambda setting: setting[0]):
+            of_size = list(group)
+            prepared = _prepare(size, max(batch for _, batch, _ in of_size), settings, config, device)
+            for _, batch, way in of_size:
+                yield [row | source for row in _time_way(prepared, batch, way, settings, device)]
+                bar.update()
 
 
-def make_pair(settings: ModelBenchmark, config: SparsifyConfig, size: int) -> dict[str, nn.Module]:
+def make_pair(settings: ModelBenchmark, config: SparsifyConfig, size: ImageSize) -> dict[str, nn.Module]:
     """The dense model and its sparse twin with the same random weights, in evaluation mode, on the CPU.
 
     Raises:
@@ -124,7 +182,7 @@ def make_pair(settings: ModelBenchmark, config: SparsifyConfig, size: int) -> di
     """
     with torch.random.fork_rng(devices=[]), about_to_train():
         torch.manual_seed(settings.seed)
-        dense = load_model(settings.model, img_size=size, model_args=settings.model_args)
+        dense = load_model(settings.model, img_size=sides_of(size), model_args=settings.model_args)
         if any(isinstance(module, SparseAttention) for module in dense.modules()):
             name = settings.model.removeprefix("sparsifiner_")
             raise ValueError(f"model={settings.model!r} is sparse already; give --model {name}")
@@ -135,14 +193,10 @@ def make_pair(settings: ModelBenchmark, config: SparsifyConfig, size: int) -> di
     return {DENSE: dense.to(dtype), SPARSE: sparse.to(dtype)}
 
 
-def _measure(
-    size: int,
-    batch: int,
-    settings: ModelBenchmark,
-    config: SparsifyConfig,
-    device: torch.device,
-    source: Row,
-) -> list[Row]:
+def _prepare(
+    size: ImageSize, batch: int, settings: ModelBenchmark, config: SparsifyConfig, device: torch.device
+) -> _Prepared:
+    """Both models on the device, compared with the reference."""
     # a GPU convolves 16-bit patches many times as fast where the channels of a pixel lie together
     layout_of_images = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     models = {
@@ -152,10 +206,12 @@ def _measure(
     sparse = models[SPARSE]
     layout = host_of(sparse).native
     generator = torch.Generator(device).manual_seed(settings.seed)
-    shape = (_INPUT_SETS * batch, 3, size, size)
-    images = torch.randn(shape, generator=generator, device=device).to(DTYPES[settings.dtype])
-    images = images.contiguous(memory_format=layout_of_images).view(_INPUT_SETS, batch, *shape[1:])
-    parity = check_model(sparse, images[0, :1]) if layout.tokens <= _REFERENCE_TOKENS else None
+    images = torch.randn((batch, 3, *sides_of(size)), generator=generator, device=device)
+    images = images.to(DTYPES[settings.dtype], memory_format=layout_of_images)
+    largest = _REFERENCE_TOKENS.get(device.type, _REFERENCE_TOKENS["cpu"])
+    parity = check_model(sparse, images[:1]) if layout.tokens <= largest else None
+    with torch.no_grad(), trace(sparse) as layers:
+        sparse(images[:1])
     options = config_to_dict(config)
     described = {
         "benchmark": "model",
@@ -170,82 +226,83 @@ def _measure(
         "scorer": SCORERS.name_of(config.scorer),
         **dataclasses.asdict(config.scorer),
         "keep": list(config.keep) if isinstance(config.keep, tuple) else config.keep,
+        "layers": len(layers),
+        "sparse_layers": sum(not layer.dense for layer in layers.values()),
         "parity_error": None if parity is None else parity.error,
         "parity_budget": None if parity is None else parity.budget,
         "parity_agreement": None if parity is None else parity.agreement,
-        "input_sets": _INPUT_SETS,
         "runs": settings.runs,
     }
-    batches = {THROUGHPUT: batch, LATENCY: 1} if batch > 1 and settings.latency else {THROUGHPUT: batch}
-    if settings.train:
-        batches[TRAINING] = batch
+    return _Prepared(models, images, described)
+
+
+def _time_way(
+    prepared: _Prepared, batch: int, way: str, settings: ModelBenchmark, device: torch.device
+) -> list[Row]:
+    """Rows of both models, called in turns the same way."""
+    torch.compiler.reset()  # compiled code of other shapes and ways would be in the way
+    make = _training_step if settings.train else _forward_pass
+    calls = {name: make(model, prepared.images[:batch], way) for name, model in prepared.models.items()}
+    reasons = {
+        name: why_it_fails(call, device, required=name == SPARSE and way == EAGER)
+        for name, call in calls.items()
+    }
+    running = {name: call for name, call in calls.items() if reasons[name] is None}
+    label = f"{prepared.described['img_size']} px, batch {batch}, {way}"
+    times = time_calls(running, runs=settings.runs, warmup=settings.warmup, device=device, label=label)
     rows = []
-    for measure, count in batches.items():
-        torch.compiler.reset()  # compiled code of other shapes would be in the way
-        make = _training_steps if measure == TRAINING else _forward_passes
-        candidates = [
-            Candidate(
-                name if way == _AS_IT_IS else f"{name} {way}",
-                measure,
-                calls,
-                dense=name == DENSE,
-                required=name == SPARSE and way == _AS_IT_IS,
-                needs=calls[0],
-            )
-            for name, model in models.items()
-            for way, calls in make(model, images[:, :count], settings.compile).items()
-        ]
-        timed = time_candidates(
-            candidates,
-            runs=settings.runs,
-            warmup=settings.warmup,
-            device=device,
-            label=f"{size} px, {measure}",
-        )
-        rows += [described | {"batch": count} | row | _speed(row, count) | source for row in timed]
+    for name in calls:
+        compared = compare_calls(times.get(name), times.get(DENSE), device)
+        whole = compared["median_ms"]
+        row = {
+            "batch": batch,
+            "part": name,
+            "measure": TRAINING if settings.train else FORWARD,
+            "way": way,
+            **compared,
+            "baseline": DENSE if DENSE in times else None,
+            "kernel_ms": kernel_milliseconds(running[name], device) if name in running else None,
+            "images_per_second": None if whole is None else 1e3 * batch / whole,
+            "memory_bytes": scratch_bytes(running[name], device)
+            if name in running and way != REDUCED
+            else None,
+            "left_out": reasons[name],
+        }
+        rows.append(prepared.described | row)
     return rows
 
 
-def _forward_passes(model: nn.Module, images: Tensor, compiled: bool) -> dict[str, Calls]:
-    """Forward passes over each set of images, by way."""
+def _forward_pass(model: nn.Module, images: Tensor, way: str) -> Callable[[], object]:
+    """Calls the model for its logits."""
+    called = _called(model, way)
 
-    @torch.no_grad()
-    def forward(way: Callable[[Tensor], Tensor], index: int) -> Tensor:
-        return way(images[index])
+    @torch.inference_mode()
+    def forward() -> Tensor:
+        return called(images)
 
-    return _by_way(forward, model, compiled)
+    return forward
 
 
-def _training_steps(model: nn.Module, images: Tensor, compiled: bool) -> dict[str, Calls]:
-    """Whole steps over each set of images, by way, all on one copy of the model."""
+def _training_step(model: nn.Module, images: Tensor, way: str) -> Callable[[], object]:
+    """Takes a step with a copy of the model."""
     trained = copy.deepcopy(model).train()
+    called = _called(trained, way)
     on_gpu = images.device.type == "cuda"
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=_LEARNING_RATE, fused=on_gpu, capturable=on_gpu)
-    labels = torch.zeros(images.shape[:2], dtype=torch.int64, device=images.device)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=_LEARNING_RATE, fused=on_gpu)
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
 
-    def step(way: Callable[[Tensor], Tensor], index: int) -> None:
-        # gradients of the step before belong to the memory of another graph
+    def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(way(images[index]).float(), labels[index])
+        loss = F.cross_entropy(called(images).float(), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
-    return _by_way(step, trained, compiled)
+    return step
 
 
-def _by_way(
-    function: Callable[[Callable[[Tensor], Tensor], int], object], model: nn.Module, compiled: bool
-) -> dict[str, Calls]:
-    """Calls of a function for each set of images: with the model as it is and, if asked for, compiled."""
-    ways: dict[str, Callable[[Tensor], Tensor]] = {_AS_IT_IS: model}
-    if compiled:
-        ways[_COMPILED] = torch.compile(model, dynamic=False)
-    return {
-        name: [functools.partial(function, way, index) for index in range(_INPUT_SETS)]
-        for name, way in ways.items()
-    }
-
-
-def _speed(row: Row, images: int) -> Row:
-    milliseconds = row["median_ms"]
-    return {"images_per_second": None if milliseconds is None else 1e3 * images / milliseconds}
+def _called(model: nn.Module, way: str) -> Callable[[Tensor], Tensor]:
+    """The model as it is, or as torch compiles it."""
+    if way == EAGER:
+        return model
+    compiled: Callable[[Tensor], Tensor] = torch.compile(model, mode=REDUCED if way == REDUCED else None)
+    return compiled

@@ -118,24 +118,44 @@ def _rows(
 
 
 def _try_each(candidates: Sequence[Candidate], device: torch.device, label: str) -> dict[str, str]:
-    """Why some do not run; kernels and compiled code are made on the way."""
+    """Why some do not run."""
     reasons = {}
     for each in tqdm(candidates, desc=f"{label}: preparing", disable=None, leave=False):
         if each.why_not is not None:
             reasons[each.name] = each.why_not
             continue
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns of every reason before it raises
-                each.calls[0]()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-        except Exception as error:
-            if each.required and not isinstance(error, torch.OutOfMemoryError):
-                raise
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            reasons[each.name] = lines[0][:_REASON_LENGTH]
-        if each.name in reasons and device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
+        reason = why_it_fails(each.calls[0], device, required=each.required)
+        if reason is not None:
+            reasons[each.name] = reason
     return reasons
+
+
+def why_it_fails(call: Callable[[], object], device: torch.device, *, required: bool) -> str | None:
+    """Calls a function, for which kernels and compiled code are made.
+
+    Args:
+        call: the function.
+        device: where it computes.
+        required: an error other than of missing memory is one of this package, and raised.
+
+    Returns:
+        The first line of its error, None if there was none.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of every reason before it raises
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except Exception as error:
+        if required and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0][:_REASON_LENGTH]
+    else:
+        return None
+    # what the failed call held is free once its error is
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+    return reason

@@ -1,6 +1,7 @@
 """Rules that the settings of all benchmarks share."""
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from numbers import Integral
 from typing import Any, Literal
@@ -9,6 +10,9 @@ import torch
 
 Precision = Literal["bf16", "fp16", "fp32"]
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# side of square images in pixels, or "HEIGHTxWIDTH"
+ImageSize = int | str
 
 _LEAST = {"batch_size": 1, "threads": 1, "runs": 2, "warmup": 0, "seed": 0}
 
@@ -38,6 +42,22 @@ def check_settings(settings: Any, least: Mapping[str, int]) -> None:
                 raise TypeError(f"{name} must be a whole number of at least {smallest}, got {each!r}")
             if each < smallest:
                 raise ValueError(f"{name} must be at least {smallest}, got {each}; raise it")
+
+
+def sides_of(size: ImageSize) -> tuple[int, int]:
+    """Height and width in pixels.
+
+    Raises:
+        ValueError: it is no size of an image.
+    """
+    matched = re.fullmatch(r"(\d+)(?:x(\d+))?", str(size))
+    height, width = (int(side) for side in (matched[1], matched[2] or matched[1])) if matched else (0, 0)
+    if height < 1 or width < 1:
+        raise ValueError(
+            f"img_size={size!r} is no size of an image; give its side in pixels, as 512, or height and "
+            "width, as '1024x2048'"
+        )
+    return height, width
 
 
 def one_for_each(name: str, value: Any, of: str, count: int) -> list[Any]:

@@ -92,9 +92,14 @@ def time_in_turns(
     result = {}
     for name, measured in stopwatch.times().items():
         taken = [milliseconds / len(calls[name]) for milliseconds in measured]
-        tenths = quantiles(taken, n=10, method="inclusive")
-        result[name] = Timing(median(taken), tenths[0], tenths[-1], name in stopwatch.graphs)
+        result[name] = Timing(*spread_of(taken), name in stopwatch.graphs)
     return result
+
+
+def spread_of(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, 10th and 90th percentile of at least two values."""
+    tenths = quantiles(values, n=10, method="inclusive")
+    return median(values), tenths[0], tenths[-1]
 
 
 def forward_calls(models: Mapping[str, nn.Module], images: Tensor) -> dict[str, Callable[[], object]]:

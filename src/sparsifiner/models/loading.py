@@ -32,7 +32,7 @@ def load_model(
     weights: str | Path | None = None,
     adapter: str | Path | None = None,
     resample: bool = False,
-    img_size: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
     pretrained: bool = False,
     model_args: dict[str, Any] | None = None,
 ) -> nn.Module:
@@ -46,7 +46,7 @@ def load_model(
         adapter: file of the scorers' weights, as training or calibration writes it.
         resample: fit patch and position embeddings of `weights` made at another image or patch size, as
             timm does with the weights that it fetches.
-        img_size: side of the input in pixels; the model's own by default.
+        img_size: side, or height and width, of the input in pixels; the model's own by default.
         pretrained: load timm's weights from the hub.
         model_args: more arguments for timm, such as `{"num_classes": 10}`.
 
