@@ -295,6 +295,21 @@ class TestBench:
         assert "deit_tiny_patch16_224, 80 px, N = 26, batch 1, fp32, keep [0.3]" in out
         assert (tmp_path / "break_even_model.svg").exists()
 
+    def test_sizes_of_images_that_are_no_squares_stand_in_lists(self, capsys):
+        words = [*self.MODEL[:4], "--img-size", "64", "64x96", *self.MODEL[6:]]
+        code, out, _ = run(capsys, *words, "--no-latency", "--json")
+        assert code == 0
+        rows = json.loads(out)
+        assert [(row["img_size"], row["tokens"]) for row in rows[::2]] == [(64, 17), ("64x96", 25)]
+        assert "--img-size 64 64x96 " in rows[0]["command"]
+
+    def test_calls_are_printed_as_they_are_made(self, capsys):
+        code, out, _ = run(capsys, *self.MODEL)
+        assert code == 0
+        lines = [line for line in out.splitlines() if "eager (forward)" in line]
+        assert [line.partition(",")[0] for line in lines] == ["dense", "sparse"]
+        assert lines[1].endswith("1 of 1 layers sparse")
+
     def test_a_wrong_backend_exits_1_and_prints_no_times(self, capsys, monkeypatch, tmp_path):
         right = torch_backend.sparse_attention
         monkeypatch.setattr(torch_backend, "sparse_attention", lambda *args: 1.1 * right(*args))
