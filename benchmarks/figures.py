@@ -15,7 +15,7 @@ _LABELS = {"impact": "impact, falling budgets", "pooled": "pooled, even", "rando
 _COSTS: dict[str, Callable[[Row], tuple[float, float]]] = {
     "key visits, % of N (summary keys included)": lambda row: (100 * row["key_visits"], 100.0),
     "MACs of the model, millions": lambda row: (row["macs"]["total"] / 1e6, row["dense_macs"]["total"] / 1e6),
-    "ms of 100 images, bf16": lambda row: (
+    "ms of 100 images, bf16, replayed": lambda row: (
         row["milliseconds"]["sparse"]["median_ms"],
         row["milliseconds"]["dense"]["median_ms"],
     ),

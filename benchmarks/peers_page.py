@@ -32,7 +32,7 @@ def comparison() -> str:
             f"{name} {settings[name]}" for name in ("tile", "summary", "pool") if name in settings
         )
         timed = sorted({
-            f"{cost['device']} with batch {cost['batch']} in {DTYPES[place]} (torch {cost['torch']}, commit {cost['commit']})"
+            f"{cost['device']} with batch {cost['batch']} in {DTYPES[place]}{', as replayed CUDA graphs' if cost['graph'] else ''} (torch {cost['torch']}, commit {cost['commit']})"
             for row in rows for place, cost in row["costs"].items()
         })  # fmt: skip
         absent = sorted(set(METHODS) - {row["method"] for row in rows}) if "methods" not in settings else []

@@ -1,7 +1,8 @@
-"""docs/performance.md: milliseconds of operations and models beside the fastest dense path."""
+"""docs/performance.md: milliseconds of operations and models beside dense."""
 
 from typing import Any
 
+from calls_section import calls
 from provenance import RESULTS
 from tables import load, source_of, table
 
@@ -9,24 +10,32 @@ from sparsifiner.compare.table import three_figures
 
 HEADER = """# Performance
 
-Milliseconds of sparse attention, scoring and selection and summaries included, against the fastest dense path of
-the same run: flash, cuDNN, memory-efficient or a compiled model on a GPU, SDPA, matmul + softmax or a compiled
-model on a CPU. Ratios below 1 are where sparse attention loses. Medians with the 10th and 90th percentile; keys
-are selected from random inputs. What each part takes by itself, and every rival of the same run, is in tables of
-their own. The tables were written by `python benchmarks/report.py` from `docs/results/`.
+Milliseconds of sparse attention, scoring and selection and summaries included. Operations stand beside the fastest
+dense path of the same run: flash, cuDNN or memory-efficient on a GPU, SDPA or matmul + softmax on a CPU. Models stand
+beside dense called the same way where a row says how (eager, compiled), else beside the faster of dense and compiled
+dense. "Replayed" is a captured CUDA graph: launching its kernels does not count, as it does for who calls the model.
+Ratios below 1 are where sparse attention loses. Medians with the 10th and 90th percentile; keys are selected from
+random inputs. What each part takes by itself, and every rival of the same run, is in tables of their own. The tables
+were written by `python benchmarks/report.py` from `docs/results/`.
 """
 
-# a part of the rows: the rival that is given its blocks
+# parts of the rows: the rivals that are given their blocks
 FLEX = "flex attention"
+GIVEN_BLOCKS = (FLEX, "blocks of")
 PARTS = """"Select" is scores and selection, "attend" attention alone on given lists, summaries included,
 "everything" both. "Masked dense" is the official way: all logits, those of other pairs replaced by -inf; it is given
 its mask and selects nothing, either."""
+BLOCKS = """"Blocks of 4x4 keys" are lists of whole blocks, chosen by the means of their keys, at the share of key visits in
+brackets, as near to ours as whole blocks come; they are given to our own attention. relL2 is the distance to dense
+attention, relative to its size, on random inputs."""
 
 
 def _rows(table_name: str) -> list[dict[str, Any]]:
-    return load(
-        table_name, *("row", "threads", "tokens", "batch", "dtype", "keep", "summary", "measure", "part")
-    )
+    setting = ("row", "threads", "tokens", "batch", "dtype", "keep", "summary", "measure", "way", "part")
+    rows = load(table_name, *setting)
+    called = {row["row"] for row in rows if "way" in row}
+    # calls take the place of what was measured of the same models before
+    return [row for row in rows if "way" in row or row["row"] not in called]
 
 
 def _table(header: list[str], body: list[list[str]]) -> str:
@@ -36,7 +45,7 @@ def _table(header: list[str], body: list[list[str]]) -> str:
 
 
 def speed(table_name: str, title: str, text: str) -> str:
-    """One table of `benchmarks/speed.py`: every sparse row beside the fastest dense one of its run."""
+    """One table of `benchmarks/speed.py`: every sparse row beside the dense one that it is compared with."""
     if not (RESULTS / f"{table_name}.json").exists():
         return ""
     rows = _rows(table_name)
@@ -45,9 +54,8 @@ def speed(table_name: str, title: str, text: str) -> str:
         if row["part"] not in {"everything", "sparse", "sparse compiled"} or row["ratio"] is None:
             continue
         size = f"{row['img_size']} px" if row["benchmark"] == "model" else f"N = {row['tokens']:,}"
-        compiled = ", compiled" if row["part"] == "sparse compiled" else ""
         body.append([
-            f"{row['row']}: {row['measure']}{compiled}",
+            f"{row['row']}: {_measure(row)}",
             size,
             str(row["batch"]),
             row["dtype"],
@@ -59,7 +67,7 @@ def speed(table_name: str, title: str, text: str) -> str:
             "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2**20:.1f} MiB",
             f"`{row['command']}`",
         ])  # fmt: skip
-    header = ["what", "size", "batch", "dtype", "keep", "threads", "fastest dense, ms", "sparse, ms", "ratio"]
+    header = ["what", "size", "batch", "dtype", "keep", "threads", "dense, ms", "sparse, ms", "ratio"]
     header += ["memory", "command"]
     return f"""## {title}
 
@@ -69,6 +77,16 @@ def speed(table_name: str, title: str, text: str) -> str:
 
 {_table(header, body)}
 """
+
+
+def _measure(row: dict[str, Any]) -> str:
+    """What was measured: how models were called, and whether a graph was replayed."""
+    words = [row["measure"]]
+    if "way" in row:
+        words.append(row["way"])
+    elif row["part"] == "sparse compiled":
+        words.append("compiled")
+    return ", ".join([*words, *(["replayed"] if row.get("graph") else [])])
 
 
 def operations(table_name: str) -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:
@@ -105,6 +123,8 @@ def parts(table_name: str, title: str, text: str) -> str:
         ])  # fmt: skip
     header = ["what", "N", "batch", "dtype", "keep", "threads", *ours]
     header += [{FLEX: "FlexAttention (keys)"}.get(part, part) for part in rivals]
+    if any(part.startswith("blocks of") for part in rivals):
+        text = f"{text}\n{BLOCKS}"
     return f"""### {title}
 
 {text}
@@ -116,8 +136,9 @@ def parts(table_name: str, title: str, text: str) -> str:
 def _milliseconds(row: dict[str, Any] | None) -> str:
     if row is None or row["median_ms"] is None:
         return ""
-    keys = f" ({100 * row['key_visits']:.1f} %)" if row["part"] == FLEX else ""
-    return three_figures(row["median_ms"]) + keys
+    notes = [f"{100 * row['key_visits']:.1f} %"] if row["part"].startswith(GIVEN_BLOCKS) else []
+    notes += [f"relL2 {row['relative_l2']:.2f}"] if row.get("relative_l2") is not None else []
+    return three_figures(row["median_ms"]) + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _to_flex(own: dict[str, dict[str, Any]]) -> str:
@@ -205,6 +226,7 @@ values ask of the L2 cache. Backward adds gradients of keys up by atomics, which
 def performance() -> str:
     sections = [
         HEADER,
+        calls(),
         speed(
             "cpu",
             "On a CPU",
@@ -220,8 +242,8 @@ def performance() -> str:
         speed(
             "gpu",
             "On a GPU",
-            'Triton kernels (`backend="triton"`), replayed as CUDA graphs, caches overwritten before each\n'
-            "measurement. Memory is what an operation needs beyond its inputs, its result and its lists.\n"
+            'Triton kernels (`backend="triton"`); of what is replayed as a CUDA graph caches are overwritten before\n'
+            "each measurement. Memory is what an operation needs beyond its inputs, its result and its lists.\n"
             '"Lists for two layers" is the mean over two layers with `share=2`. One list per query is packed\n'
             "over the union of a tile's lists, or a mask for dense attention; neither breaks even with dense\n"
             f'attention here. {packing()}\nSo "auto" packs.',
@@ -229,11 +251,11 @@ def performance() -> str:
         parts(
             "gpu",
             "Parts and rivals on a GPU",
-            f"Milliseconds. {PARTS}\n"
+            f"Milliseconds of replayed CUDA graphs. {PARTS}\n"
             'FlexAttention is given random blocks of 128 x 128 pairs and selects nothing: its rival is "attend". Its\n'
             "share of the keys is rounded to whole blocks and stands in brackets. The last column says how many times\n"
             f"as fast as FlexAttention our attention alone is. {against_flex()}",
         ),
         gpu_kernels(),
     ]
-    return "\n".join(sections)
+    return "\n".join(section for section in sections if section)

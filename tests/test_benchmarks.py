@@ -90,3 +90,72 @@ def test_calls_have_even_budgets(speed):
         assert config.scorer == Impact(pool=4)
         assert config.tile == (8 if settings.img_size in {512, 768} else 16)
         assert config.keep == (0.05 if settings.img_size == 2048 else 0.1)
+
+
+@pytest.fixture
+def section(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    for name in ("tables", "calls_section", "performance_page"):
+        monkeypatch.setattr(importlib.import_module(name), "RESULTS", tmp_path)
+    return importlib.import_module("calls_section")
+
+
+def row_of_call(part, way, milliseconds, **columns):
+    sparse = part == "sparse"
+    return {
+        **{
+            "row": "DeiT-S, 1024 px",
+            "batch": 8,
+            "part": part,
+            "way": way,
+            "keep": 0.1,
+            "tile": 16,
+            "pool": 4,
+        },
+        **{"dtype": "bf16", "scorer": "impact", "profile": "even", "command": "sparsifiner bench model"},
+        **{"device": "GPU", "torch": "2", "timm": "1", "commit": "abc"},
+        **{"median_ms": milliseconds, "low_ms": milliseconds - 1, "high_ms": milliseconds + 1},
+        **{"ratio": 1.5 if sparse else 1.0, "ratio_low": 1.25, "ratio_high": 1.75},
+        **{"difference_ms": -4.0, "difference_low_ms": -4.5, "difference_high_ms": -3.5},
+        **{"host_ms": 3.0, "kernel_ms": 7.25, "memory_bytes": 3 * 2**20},
+        **columns,
+    }
+
+
+def test_no_calls_no_section(section, tmp_path):
+    assert section.calls() == section.ratios_table() == ""
+    (tmp_path / "calls.json").write_text("[]")
+    assert section.calls() == section.ratios_table() == ""
+
+
+def test_calls_are_shown_by_how_they_were_made(section, tmp_path):
+    rows = [
+        row_of_call("dense", "eager", 12.0),
+        row_of_call("sparse", "eager", 8.0),
+        row_of_call("dense", "reduce-overhead", 12.0, memory_bytes=None),
+        row_of_call("sparse", "reduce-overhead", 6.0, ratio=0.75, memory_bytes=None),
+        row_of_call("dense", "compiled", 9.0, median_ms=None),  # it did not run
+    ]
+    (tmp_path / "calls.json").write_text(json.dumps(rows))
+    assert section.ratios_table().splitlines()[2:] == [
+        "| DeiT-S, 1024 px | 8 | 0.1 | 16 | **1.50x** (1.25 to 1.75) |  | 0.75x (1.25 to 1.75) |"
+    ]
+    page = section.calls()
+    assert "bf16, even budgets, scorer impact with pool 4, every layer sparse" in page
+    beginning = "| DeiT-S, 1024 px | 8 | eager | 12 (11 to 13) | 8 (7 to 9) | -4.00 (-4.50 to -3.50) |"
+    assert f"{beginning} 3 -> 3 | 7.25 -> 7.25 | 3 -> 3 | `sparsifiner bench model` |" in page
+    assert "| 6 (5 to 7) | -4.00 (-4.50 to -3.50) | 3 -> 3 | 7.25 -> 7.25 |  |" in page
+
+
+def test_calls_take_the_place_of_replayed_models(section, tmp_path):
+    columns = {"benchmark": "model", "img_size": 512, "tokens": 1025, "baseline": "dense", "threads": None}
+    replayed = row_of_call("sparse compiled", None, 5.0, measure="throughput", graph=True, **columns)
+    del replayed["way"]
+    (tmp_path / "gpu.json").write_text(json.dumps([replayed]))
+    speed_table = importlib.import_module("performance_page").speed
+    assert "DeiT-S, 1024 px: throughput, compiled, replayed |" in speed_table("gpu", "On a GPU", "")
+    called = row_of_call("sparse", "eager", 8.0, measure="forward", **columns)
+    (tmp_path / "gpu.json").write_text(json.dumps([replayed, called]))
+    page = speed_table("gpu", "On a GPU", "")
+    assert "replayed" not in page
+    assert "DeiT-S, 1024 px: forward, eager |" in page
