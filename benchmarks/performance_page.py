@@ -61,7 +61,7 @@ def speed(table_name: str, title: str, text: str) -> str:
             row["dtype"],
             f"{row['keep']:g}",
             "" if row["threads"] is None else str(row["threads"]),
-            f"{three_figures(row['ratio'] * row['median_ms'])} ({row['baseline'].removeprefix('dense: ')})",
+            f"{three_figures(_baseline(row, rows))} ({row['baseline'].removeprefix('dense: ')})",
             f"{three_figures(row['median_ms'])} ({three_figures(row['low_ms'])} to {three_figures(row['high_ms'])})",
             f"**{row['ratio']:.2f}x**" if row["ratio"] >= 1 else f"{row['ratio']:.2f}x",
             "" if row["memory_bytes"] is None else f"{row['memory_bytes'] / 2**20:.1f} MiB",
@@ -77,6 +77,13 @@ def speed(table_name: str, title: str, text: str) -> str:
 
 {_table(header, body)}
 """
+
+
+def _baseline(row: dict[str, Any], rows: list[dict[str, Any]]) -> float:
+    """Milliseconds of the dense one that a row is compared with."""
+    same = ("row", "threads", "tokens", "batch", "measure", "way")
+    beside = [each for each in rows if all(each.get(name) == row.get(name) for name in same)]
+    return next(float(each["median_ms"]) for each in beside if each["part"] == row["baseline"])
 
 
 def _measure(row: dict[str, Any]) -> str:

@@ -149,13 +149,18 @@ def test_calls_are_shown_by_how_they_were_made(section, tmp_path):
 
 def test_calls_take_the_place_of_replayed_models(section, tmp_path):
     columns = {"benchmark": "model", "img_size": 512, "tokens": 1025, "baseline": "dense", "threads": None}
-    replayed = row_of_call("sparse compiled", None, 5.0, measure="throughput", graph=True, **columns)
-    del replayed["way"]
-    (tmp_path / "gpu.json").write_text(json.dumps([replayed]))
+    parts = {"dense": 8.0, "sparse compiled": 5.0}
+    replayed = [
+        row_of_call(part, None, parts[part], measure="throughput", graph=True, **columns) for part in parts
+    ]
+    for row in replayed:
+        del row["way"]
+    (tmp_path / "gpu.json").write_text(json.dumps(replayed))
     speed_table = importlib.import_module("performance_page").speed
     assert "DeiT-S, 1024 px: throughput, compiled, replayed |" in speed_table("gpu", "On a GPU", "")
-    called = row_of_call("sparse", "eager", 8.0, measure="forward", **columns)
-    (tmp_path / "gpu.json").write_text(json.dumps([replayed, called]))
+    parts = {"dense": 9.0, "sparse": 7.0}
+    called = [row_of_call(part, "eager", parts[part], measure="forward", **columns) for part in parts]
+    (tmp_path / "gpu.json").write_text(json.dumps([*replayed, *called]))
     page = speed_table("gpu", "On a GPU", "")
     assert "replayed" not in page
-    assert "DeiT-S, 1024 px: forward, eager |" in page
+    assert "DeiT-S, 1024 px: forward, eager | 512 px | 8 | bf16 | 0.1 | 9 (dense) | 7 (6 to 8) |" in page

