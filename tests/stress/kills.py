@@ -8,7 +8,6 @@ as it was, and the output must tell of each fall-back.
 
 import argparse
 import logging
-import multiprocessing
 import os
 import random
 import shutil
@@ -26,9 +25,10 @@ from timm.models.vision_transformer import VisionTransformer
 import sparsifiner
 from sparsifiner.data import open_images
 from sparsifiner.scorers import LowRank
-from sparsifiner.training import Recipe, Stage, train
+from sparsifiner.training import Recipe, Stage, loop, train
 from sparsifiner.training.checkpoints import named_checkpoints
 from sparsifiner.training.seal import find_damage
+from tests.processes import clean_processes
 from tests.training.damages import DAMAGES, damage
 from tests.training.runs import assert_equal_runs, digests_of
 
@@ -60,8 +60,11 @@ def train_small(folder, workers):
     )
 
 
-def train_logged(folder, workers, log):
+def train_logged(folder, workers, log, reports):
     """In a process of its own: all that it says goes to a file."""
+    torch.set_num_threads(1)  # as of the run that is left alone
+    if not reports:
+        loop.write_training_report = lambda file, records: None
     with log.open("a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -76,6 +79,7 @@ class KilledRun:
     Attributes:
         folder: everything of it, also what lies elsewhere.
         draw: decides.
+        reports: whether its processes draw reports.
         kills: how many processes were killed.
         linked: whether the checkpoints are behind a link.
         foreign: what others keep among the checkpoints, by name.
@@ -84,6 +88,7 @@ class KilledRun:
 
     folder: Path
     draw: random.Random
+    reports: bool = True
     kills: int = 0
     linked: bool = False
     foreign: dict[str, object] = field(default_factory=dict)
@@ -97,8 +102,8 @@ class KilledRun:
 
     def process(self, kill_after=None):
         """Trains until the end, or until it is killed some seconds later; the exit code."""
-        context = multiprocessing.get_context("fork")
-        arguments = self.run, self.draw.choice((0, 0, 1)), self.log
+        context = clean_processes("tests.stress.kills")
+        arguments = self.run, self.draw.choice((0, 0, 1)), self.log, self.reports
         process = context.Process(target=train_logged, args=arguments)
         process.start()
         if kill_after is not None:
@@ -181,20 +186,22 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=40, help="processes that are killed")
     parser.add_argument("--seed", type=int, default=0, help="of moments and what is done between them")
+    parser.add_argument("--no-reports", action="store_true", help="do not draw them, which takes longest")
     options = parser.parse_args(arguments)
+    reports = not options.no_reports
     draw = random.Random(options.seed)
     rows, kills, failed = [], 0, False
     with tempfile.TemporaryDirectory() as folder:
-        torch.set_num_threads(1)  # others would not survive a fork
-        alone, again = (KilledRun(Path(folder) / name, draw) for name in ("alone", "again"))
+        torch.set_num_threads(1)  # as of the others
+        alone, again = (KilledRun(Path(folder) / name, draw, reports) for name in ("alone", "again"))
         train_small(alone.run, workers=0)
         start = time.perf_counter()
         if again.process() != 0:
             print(again.log.read_text())
             return 1
-        seconds = time.perf_counter() - start  # of a process that is forked from this one
+        seconds = time.perf_counter() - start
         while kills < options.kills:
-            run = KilledRun(Path(folder) / f"run {len(rows)}", draw)
+            run = KilledRun(Path(folder) / f"run {len(rows)}", draw, reports)
             wanted = min(draw.randint(1, _MOST_KILLS), options.kills - kills)
             code = None
             while run.kills < wanted and code != 0:

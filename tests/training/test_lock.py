@@ -1,6 +1,5 @@
 """Two processes never train in one folder."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from sparsifiner.training import loop
+from tests.processes import clean_processes
 from tests.training.runs import assert_equal_runs, train_tiny
 
 
@@ -32,7 +32,7 @@ def train_until_killed(folder, reached):
 
 def test_a_second_process_stops_and_a_dead_one_is_succeeded(tmp_path):
     train_tiny(tmp_path / "alone")
-    context = multiprocessing.get_context("fork")
+    context = clean_processes(__name__)
     reached = context.Event()
     first = context.Process(target=train_until_killed, args=(tmp_path / "run", reached))
     first.start()

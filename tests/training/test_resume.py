@@ -1,7 +1,6 @@
 """A run that is killed and resumed ends bit for bit as one that was left alone."""
 
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -20,6 +19,7 @@ from sparsifiner.training import Recipe, Stage, loop, train
 from sparsifiner.training.progress import Progress
 from sparsifiner.training.run import RunFolder
 from sparsifiner.training.seal import seal
+from tests.processes import clean_processes
 from tests.training.runs import assert_equal_runs, weights_of
 
 EVERYTHING = {"drop_path_rate": 0.2, "proj_drop_rate": 0.1}
@@ -92,7 +92,7 @@ def test_kills_at_random_moments_change_nothing(undisturbed, tmp_path, kills):
     moments = [("step", draw.randint(1, 5)) for _ in range(kills)]
     moments += [("checkpoint", 1), ("checkpoint", 2), ("validation", 1), ("weights", 1), ("weights", 2)]
     draw.shuffle(moments)
-    context = multiprocessing.get_context("fork")
+    context = clean_processes(__name__)
     for event, count in moments:
         process = context.Process(target=run_until, args=(tmp_path, event, count))
         process.start()
