@@ -22,13 +22,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from sparsifiner.geometry.connectivity import key_budget
 from sparsifiner.geometry.grid import TokenLayout
-from sparsifiner.ops.select import operators as select_operators
-from sparsifiner.ops.select.triton_backend import select_kernel
+from sparsifiner.ops.select.operators import select_pooled
+from sparsifiner.ops.select.triton_kernels import select_kernel
 from sparsifiner.ops.select.triton_tiles import tile_scores_kernel
-from sparsifiner.ops.sparse_attention import triton_backend
+from sparsifiner.ops.sparse_attention import triton_backend, triton_gradients, triton_problem
 from sparsifiner.ops.sparse_attention.operators import attend
 from sparsifiner.ops.sparse_attention.triton_backward import attend_backward_kernel, key_gradients_kernel
-from sparsifiner.ops.sparse_attention.triton_forward import attend_kernel, missing_kernel
+from sparsifiner.ops.sparse_attention.triton_forward import attend_kernel
+from sparsifiner.ops.triton_counts import missing_kernel
 from sparsifiner.ops.triton_means import square_means_kernel
 
 HEADS, HEAD_DIM, TILE, SUMMARY = 6, 64, 8, 8
@@ -101,8 +102,9 @@ def measure(
     def call() -> None:
         qkv = sets[next(turn) % len(sets)]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-        indices = select_operators.select_pooled(q.detach(), k.detach(), side, side, 0, TILE, budget, 0)
-        out = attend(q, k, v, indices, None, side, side, 0, TILE, SUMMARY, HEAD_DIM**-0.5)[0]
+        lists, geometry = layout.for_kernels(TILE), layout.for_kernels(TILE, SUMMARY)
+        indices = select_pooled(q.detach(), k.detach(), lists, budget, 0, "triton")
+        out = attend(q, k, v, indices, True, None, geometry, HEAD_DIM**-0.5, True, "triton")[0]
         torch.autograd.grad(out, qkv, upstream)
 
     times = kernel_times(call, ROUNDS)
@@ -143,8 +145,9 @@ def main() -> None:
     options = parser.parse_args()
     changes = {name: int(number) for name, _, number in (change.partition("=") for change in options.set)}
     if changes:
-        chosen = triton_backend._blocks
-        triton_backend._blocks = lambda q, problem: chosen(q, problem) | changes
+        launching: tuple[Any, ...] = (triton_backend, triton_gradients)
+        for launches in launching:
+            launches.blocks = lambda q, problem: triton_problem.blocks(q, problem) | changes
     limits = ceilings()
     print(f"copy {limits[0] / 1e12:.2f} TB/s, product {limits[1] / 1e12:.0f} TFLOP/s")
     for side, batch, keep in CASES:

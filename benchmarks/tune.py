@@ -30,6 +30,7 @@ from tune_work import NATIVE, SIZES, THRESHOLDS, Size, Threshold, Work, native_w
 
 from sparsifiner import tuned
 from sparsifiner.measure.timing import time_in_turns
+from sparsifiner.ops.program import mark_programs
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = ROOT / "csrc" / "tuned.h"
@@ -39,19 +40,26 @@ LIMIT = 2**31 - 1  # a threshold below which all sizes lie
 
 
 def value_of(name: str) -> object:
-    """What stands in the table; `NAME[cpu]` is an entry of a dictionary."""
-    head, _, key = name.partition("[")
+    """What stands in the table; `NAME[cpu]` and `NAME[16]` are entries of dictionaries."""
+    head, key = place_of(name)
     value = getattr(tuned, head)
-    return value[key.removesuffix("]")] if key else value
+    return value if key is None else value[key]
+
+
+def place_of(name: str) -> tuple[str, str | int | None]:
+    """The name in the table, and the key in its dictionary, if it is one."""
+    head, _, key = name.removesuffix("]").partition("[")
+    return head, int(key) if key.isdigit() else key or None
 
 
 def put(name: str, value: object) -> None:
     """Writes a value into the table of this process."""
-    head, _, key = name.partition("[")
-    if key:
-        getattr(tuned, head)[key.removesuffix("]")] = value
-    else:
+    head, key = place_of(name)
+    if key is None:
         setattr(tuned, head, value)
+    else:
+        getattr(tuned, head)[key] = value
+    mark_programs((name, value))  # programs are made of these values
 
 
 def with_value(name: str, value: object, work: Work) -> Work:

@@ -13,6 +13,7 @@ from sparsifiner.geometry.connectivity import Connectivity, key_budget
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import select_topk, sparse_attention
 from sparsifiner.ops.dense import dense_attention
+from sparsifiner.ops.select.operators import select_impact, select_pooled
 from sparsifiner.tokens.sizes import log_sizes, prefers_bias, weigh_by_size
 from sparsifiner.tokens.state import best_of
 
@@ -126,15 +127,19 @@ def masked(tokens: int) -> Work:
 
 def pooled_lists(dtype: torch.dtype, batch: int = 8) -> Work:
     """Selection by the products with tiles' mean queries, N = 4096."""
-    from sparsifiner.ops.select.operators import select_pooled  # noqa: PLC0415, Triton's kernels
-
     q, k, _ = qkv(TokenLayout((64, 64)), batch, "cuda", dtype)
-    return inference(lambda: select_pooled(q, k, 64, 64, 0, 8, 410, 0))
+    return inference(lambda: select_pooled(q, k, (64, 64, 0, 8), 410, 0, "triton"))
+
+
+def impact_lists() -> Work:
+    """Selection by impact, 16 squares in a tile, N = 4096."""
+    q, k, v = qkv(TokenLayout((64, 64)), 8, "cuda", BF16)
+    return inference(lambda: select_impact(q, k, v, (64, 64, 0, 16, 4, 8), SCALE, 410, 0, "triton"))
 
 
 def coefficients() -> Work:
     """Coefficients of the low-rank predictor as the paper has it, N = 1025."""
-    from sparsifiner.ops.select import triton_lowrank  # noqa: PLC0415
+    from sparsifiner.ops.select.triton_lowrank import lowrank_coefficients  # noqa: PLC0415, Triton's kernels
 
     layout, reduced, basis = TokenLayout((32, 32), 1), 32, 32
     q, k, _ = qkv(layout, 32, "cuda", BF16)
@@ -142,16 +147,19 @@ def coefficients() -> Work:
         *((reduced, HEAD_DIM), (reduced,), (reduced, HEAD_DIM), (reduced,)),
         *((layout.tokens, basis), (basis, layout.tokens)),
     )
-    weights = triton_lowrank.LowRankWeights(*(torch.randn(shape, device="cuda") for shape in shapes))
-    return inference(lambda: triton_lowrank.lowrank_coefficients(q, k, weights, layout, 1, SCALE))
+    weights = [torch.randn(shape, device="cuda") for shape in shapes[:-1]]
+    sizes = {"geometry": layout.for_kernels(1), "temperature": SCALE}
+    return inference(lambda: lowrank_coefficients(q, k, *weights, **sizes))
 
 
 def window_means() -> Work:
+    from sparsifiner.ops.program import operation  # noqa: PLC0415, Triton's kernels
     from sparsifiner.ops.triton_means import square_means  # noqa: PLC0415
 
     layout = TokenLayout((64, 64))
     _, k, v = qkv(layout, 8, "cuda", BF16)
-    return inference(lambda: square_means(k, layout, 8, v))
+    means = operation(lambda draft, k, v: (square_means(draft, k, layout, 8, v),))
+    return inference(lambda: means(k, v))
 
 
 def short_rows() -> Work:
@@ -181,7 +189,8 @@ SIZES = {
         lambda: attention(64, batch=8, device="cuda", dtype=BF16, backend="torch"),
     ),
     "SCORE_BYTES": Size("cuda", (2**20, 3 * 2**20, 12 * 2**20), lambda: pooled_lists(BF16, batch=1)),
-    "TILE_SCORES": Size("cuda", ((32, 128), (64, 64), (128, 128)), lambda: pooled_lists(BF16)),
+    "TILE_SCORES[1]": Size("cuda", ((32, 128), (64, 64), (64, 256), (128, 128)), lambda: pooled_lists(BF16)),
+    "TILE_SCORES[16]": Size("cuda", ((64, 128), (64, 256), (128, 128)), impact_lists),
     "TILE_SCORES_FP32": Size("cuda", ((16, 64), (32, 32), (64, 64)), lambda: pooled_lists(FP32)),
     "SHARED_SCORES": Size("cuda", (256, 512, 2048), short_rows),
     "SUMMED_KEYS": Size("cuda", (128, 256, 1024), coefficients),

@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import sparsifiner
-from sparsifiner.ops.backend import HAS_TRITON
+from sparsifiner.ops.backends import HAS_TRITON
 from tests.models import make_images, make_model
 
 pytestmark = [

@@ -1,20 +1,28 @@
 """The layer: tokens -> q, k, v -> scores -> key lists -> sparse attention -> tokens."""
 
+import functools
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sparsifiner.config import SparsifyConfig
+from sparsifiner.eager import is_plain
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.geometry.layout import Layout
-from sparsifiner.plan import Call, backend_of, keep_at, lists_at, plan
+from sparsifiner.plan import Call, backend_of, batch_class, keep_at, lists_at, plan
 from sparsifiner.scorers import ListSpec, Place, Scorer, SharedLists
+from sparsifiner.scorers.base import attending_arguments
+from sparsifiner.scorers.options import ScorerOptions
 from sparsifiner.standin import StandIn, is_proxy, leaf_node
 from sparsifiner.tokens.attending import attend_tokens
 from sparsifiner.tokens.state import TokenState
+
+# image sizes that are remembered
+_REMEMBERED = 1024
 
 
 class GridOfCall(Protocol):
@@ -114,10 +122,15 @@ class SparseAttention(StandIn):
             return leaf_node(self, x, attn_mask=attn_mask, is_causal=is_causal, **given)
         self._check_call(attn_mask, is_causal)
         q, k, v = self.project(x, **given)
-        tokens = state or TokenState(self.current_layout(x.shape[1]))
+        at_once = self.attend_at_once(q, k, v) if state is None else None
+        if at_once is not None:
+            return self.combine(x, at_once)
+        tokens = state or self.current_tokens(x.shape[1])
         lists = self.plan(q, tokens)
         out, connectivity = attend_tokens(
-            q, k, v, tokens, lists, self.scorer, self.scale, fused=self.fused_attn
+            *(q, k, v, tokens, lists, self.scorer, self.scale),
+            fused=self.fused_attn,
+            lists_wanted=self.lists is not None,
         )
         if self.lists is not None and connectivity is not None:
             self.lists.put(connectivity)
@@ -136,6 +149,28 @@ class SparseAttention(StandIn):
     def dropout(self) -> float:
         """Probability with which attention is dropped in training."""
 
+    def attend_at_once(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+        """Attention by one kernel call, where nobody follows the tensors or asks for lists, else None.
+
+        All that it depends on is looked up at once: this is the path of inference, whose host time counts.
+
+        Args:
+            q: [B, H, N, d] queries of all tokens of the image.
+            k: [B, H, N, d] keys.
+            v: [B, H, N, d] values.
+
+        Returns:
+            [B, H, N, d].
+        """
+        scorer = self.scorer
+        if scorer.ATTENDING is None or self.lists is not None or not self.fused_attn or not is_plain(q, k, v):
+            return None
+        if scorer._forward_hooks or scorer._forward_pre_hooks:
+            return None
+        kind = (self.grid.current(), q.shape, q.dtype, q.device)
+        call = _call_at_once(scorer.options, self.config, self.place, *kind)
+        return None if call is None else call[0](q, k, v, *call[1])
+
     def plan(self, q: Tensor, tokens: TokenState) -> ListSpec | None:
         """The lists wanted for queries [B, H, N, d], or None where this layer is dense attention."""
         call = Call.of(q, tokens.layout, None if tokens.positions is None else tokens.whole)
@@ -146,13 +181,15 @@ class SparseAttention(StandIn):
             keep = _constant_keep(tokens.whole.patches, tokens.whole.prefix, self.config, self.place)
         return lists_at(call, self.config, keep, self.scale)
 
-    def current_layout(self, tokens: int) -> TokenLayout:
-        """Where the tokens of the current input lie.
+    def current_tokens(self, tokens: int) -> TokenState:
+        """The tokens of the current input, all of them.
 
         Raises:
-            ValueError: the number of tokens does not fit the grid.
+            ValueError: their number does not fit the grid.
         """
-        layout = TokenLayout(self.grid.current(), self.place.native.prefix)
+        whole = _all_tokens.__wrapped__ if torch.compiler.is_compiling() else _all_tokens
+        state = whole(self.grid.current(), self.place.native.prefix)
+        layout = state.whole
         if tokens != layout.tokens:
             height, width = layout.grid
             raise ValueError(
@@ -160,7 +197,11 @@ class SparseAttention(StandIn):
                 f"after {layout.prefix} prefix tokens = {layout.tokens}; call model.set_input_size(...) for "
                 "another image size, and switch patch_drop off (sparse attention needs every patch)"
             )
-        return layout
+        return state
+
+    def current_layout(self, tokens: int) -> TokenLayout:
+        """Where the tokens of the current input lie, see `current_tokens`."""
+        return self.current_tokens(tokens).whole
 
     @property
     def backend(self) -> str:
@@ -199,6 +240,46 @@ class SparseAttention(StandIn):
                 "first, do not go together; call sparsifiner.sparsify(model, share=1), or "
                 "model.set_grad_checkpointing(False)"
             )
+
+
+@functools.lru_cache(_REMEMBERED)
+def _all_tokens(grid: tuple[int, int], prefix: int) -> TokenState:
+    """One value for all layers: what plans are looked up by is then hashed once."""
+    return TokenState(TokenLayout(grid, prefix))
+
+
+@functools.lru_cache(_REMEMBERED)
+def _call_at_once(
+    options: ScorerOptions,
+    config: SparsifyConfig,
+    place: Place,
+    grid: tuple[int, int],
+    shape: torch.Size,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Callable[..., Tensor], tuple[Any, ...]] | None:
+    """The kernel of `Scorer.ATTENDING` and what it takes behind q, k and v; None where lists are needed.
+
+    Args:
+        options: of the layer's scorer.
+        config: of the layer.
+        place: of the layer.
+        grid: patches along height and width.
+        shape: [B, H, N, d] of q, k and v.
+        dtype: of q, k and v.
+        device: where they are.
+    """
+    B, H, N, d = shape
+    layout = TokenLayout(grid, place.native.prefix)
+    spec = plan(Call(layout, None, H, d, device.type, dtype, batch_class(B)), config, place)
+    if spec is None or layout.tokens != N:
+        return None
+    scorer: Any = options.scorer_class()
+    arguments = attending_arguments(scorer, options, spec, dtype, device, B * H, d)
+    if arguments is None:
+        return None
+    operator, *sizes, backend = arguments
+    return operator.kernel(backend), tuple(sizes)
 
 
 def dense_connectivity(batch: int, heads: int, layout: Layout, tile: int, like: Tensor) -> Connectivity:

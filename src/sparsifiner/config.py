@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from sparsifiner.backend_names import BACKENDS
 from sparsifiner.checks import whole_number
+from sparsifiner.hashed import hashed_once
 from sparsifiner.old_spellings import OLD_OPTIONS, modern_config, takes_old_spellings
 from sparsifiner.scorers import SCORERS, Impact, LowRank, ScorerOptions
 from sparsifiner.tokens import TOKENS, TokenMethod
@@ -17,6 +18,7 @@ ProfileName = Literal["even", "falling"]
 
 
 @takes_old_spellings
+@hashed_once
 @dataclass(frozen=True)
 class SparsifyConfig:
     """How every layer chooses its keys and attends to them; by default as the preset "fast".

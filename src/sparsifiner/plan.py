@@ -50,7 +50,12 @@ class Call:
         if torch.compiler.is_compiling():  # compiled code is for any batch
             return cls(layout, whole, compiled=True)
         B, H, _, d = q.shape
-        return cls(layout, whole, H, d, q.device.type, q.dtype, 1 << (B - 1).bit_length())
+        return cls(layout, whole, H, d, q.device.type, q.dtype, batch_class(B))
+
+
+def batch_class(batch: int) -> int:
+    """A batch size, rounded up to a power of two."""
+    return 1 << (batch - 1).bit_length()
 
 
 @functools.lru_cache(_REMEMBERED)

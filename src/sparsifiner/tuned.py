@@ -13,7 +13,12 @@ On a CPU they were measured with 2 threads of an x86-64 machine with AVX-512, on
 FASTER = {
     "cuda": (
         "triton",
-        frozenset({"select_topk", "select_lowrank", "select_impact", "select_pooled", "sparse_attention"}),
+        frozenset(
+            {
+                *("select_topk", "select_lowrank", "select_impact", "select_pooled", "sparse_attention"),
+                *("attend_impact", "attend_pooled"),
+            }
+        ),
     ),
     "cpu": ("cpu", frozenset({"select_topk", "select_lowrank", "select_impact", "sparse_attention"})),
 }
@@ -37,8 +42,9 @@ BIASED_TOKENS = 1_000
 
 # Of the kernels in Triton. Bytes of tiles' scores that exist at once; larger inputs have more.
 SCORE_BYTES = 6 * 2**20
-# Tiles and keys of one program of tiles' scores; products of fp32 take registers instead of matrix units.
-TILE_SCORES = (64, 128)
+# Squares of queries and keys of one program of tiles' scores, by the fewest squares of a tile; in fp32
+# products take registers instead of matrix units.
+TILE_SCORES = {1: (64, 128), 16: (128, 256)}
 TILE_SCORES_FP32 = (32, 64)
 # Scores of the short rows that share a program of the selection, so that their reductions overlap.
 SHARED_SCORES = 1_024

@@ -11,7 +11,7 @@ import sparsifiner
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.ops import native, sparse_attention
-from sparsifiner.ops.backend import HAS_TRITON
+from sparsifiner.ops.backends import HAS_TRITON
 from tests.models import make_images, make_model
 from tests.ops.cases import make_qkv
 from tests.stress import ops as fuzz

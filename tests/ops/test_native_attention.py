@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 import sparsifiner
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.grid import TokenLayout
-from sparsifiner.ops import backend, native, sparse_attention
+from sparsifiner.ops import backends, native, sparse_attention
 from tests.models import make_images, make_model
 from tests.ops.cases import assert_within_budget, largest_terms, layout_of, make_connectivity, make_qkv
 
@@ -147,9 +147,9 @@ def test_what_the_kernels_do_not_take_is_named(caplog):
     odd = make_qkv(layout, head_dim=20)
     with pytest.raises(ValueError, match="backend='cpu' takes head dims that are multiples of 16, got 20"):
         sparse_attention(*odd, connectivity, backend="cpu")
-    with pytest.raises(ValueError, match="backend='cpu' takes fp32 and bf16, got float64"):
+    with pytest.raises(ValueError, match="backend='cpu' takes fp32 and bf16, got fp64"):
         sparse_attention(*make_qkv(layout, dtype=torch.float64), connectivity, backend="cpu")
-    backend._say_choice.cache_clear()
+    backends._say_choice.cache_clear()
     with caplog.at_level(logging.INFO, "sparsifiner"):
         sparse_attention(*make_qkv(layout, head_dim=36), connectivity)
     assert "uses 'torch' on cpu, since 'cpu' takes head dims that are multiples of 16, got 36" in caplog.text
@@ -182,7 +182,8 @@ def test_operator():
     layout = TokenLayout((4, 6), 1)
     inputs = make_qkv(layout)
     indices = make_connectivity(layout, 0.3, 2, 2).indices
-    torch.library.opcheck(torch.ops.sparsifiner.attend_cpu, (*inputs, indices, 4, 6, 1, 2, 2, 0.25))
+    arguments = (*inputs, indices, True, None, (4, 6, 1, 2, 2), 0.25, False, "cpu")
+    torch.library.opcheck(torch.ops.sparsifiner.attend.default, arguments)
 
 
 @pytest.mark.filterwarnings("ignore:the low-rank scorer is untrained")

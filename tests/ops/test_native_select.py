@@ -153,13 +153,12 @@ def test_lowrank_sums_follow_the_largest_coefficients_in_order():
 
 def test_operators():
     scores, own = torch.randn(1, 2, 3, 9), torch.arange(3).unsqueeze(1)
-    torch.library.opcheck(torch.ops.sparsifiner.select_topk_cpu, (scores, 4, 1, own))
+    torch.library.opcheck(torch.ops.sparsifiner.select_topk.default, (scores, 4, 1, own, "cpu"))
     q, k, _ = make_qkv(layout_of(16, 1))
-    weights = (torch.rand(8, 16), torch.rand(8), torch.rand(8, 16), torch.rand(8), torch.rand(17, 4))
-    sizes = (4, 4, 1, 2, 0.5, 2, 5, 1)
-    torch.library.opcheck(
-        torch.ops.sparsifiner.select_lowrank_cpu, (q, k, *weights, torch.rand(4, 17), *sizes)
-    )
+    shapes = ((8, 16), (8,), (8, 16), (8,), (17, 4), (4, 17))
+    weights = [torch.rand(shape) for shape in shapes]
+    sizes = ((4, 4, 1, 2), 0.5, 2, 5, 1, "cpu")
+    torch.library.opcheck(torch.ops.sparsifiner.select_lowrank.default, (q, k, *weights, *sizes))
 
 
 def test_scorers_select_natively():
@@ -240,6 +239,7 @@ def test_impact_lists_are_those_of_exact_scores(
 
 def test_impact_operator():
     q, k, v = make_qkv(layout_of(16, 1))
-    arguments = (q, k, v, 4, 4, 1, 2, 1, 2, 0.25, 5, 1)
-    torch.library.opcheck(torch.ops.sparsifiner.select_impact_cpu, arguments)
-    assert torch.ops.sparsifiner.select_impact_cpu(*(x[:0] for x in (q, k, v)), *arguments[3:]).shape[0] == 0
+    sizes = ((4, 4, 1, 2, 1, 2), 0.25, 5, 1, "cpu")
+    operator = torch.ops.sparsifiner.select_impact.default
+    torch.library.opcheck(operator, (q, k, v, *sizes))
+    assert operator(*(x[:0] for x in (q, k, v)), *sizes)[0].shape[0] == 0

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsifiner.ops import select_topk
-from sparsifiner.ops.backend import HAS_TRITON
+from sparsifiner.ops.backends import HAS_TRITON
 from sparsifiner.scorers import Impact, ListSpec, LowRank, Pooled
 from tests.ops.cases import build_scorer, layout_of, make_qkv
 
@@ -145,19 +145,16 @@ def test_lowrank_scores_and_their_selection(patches, prefix, tile, head_dim, bas
     q[0, 0, -1] = torch.nan
     spec = ListSpec(layout, tile, min(budget, layout.tokens), 0, 1.0)
     exact = copy.deepcopy(scorer).double().scores(q.double(), k.double(), v.double(), spec)
-    scores = torch.full_like(exact, torch.nan, dtype=torch.float32)
     with torch.no_grad():
-        weights = triton_lowrank.LowRankWeights(
-            *(scorer.query.weight, scorer.query.bias, scorer.key.weight, scorer.key.bias),
-            *(scorer.down, scorer.basis(layout).mT),
-        )
-        indices = triton_lowrank.select_lowrank(
-            *(q, k, weights, layout, tile),
+        indices, scores = triton_lowrank.select_lowrank(
+            *(q, k, scorer.query.weight, scorer.query.bias, scorer.key.weight, scorer.key.bias),
+            *(scorer.down, scorer.basis(layout)),
+            geometry=layout.for_kernels(tile),
             temperature=scorer.temperature,
             coef_topk=kept,
             budget=spec.budget,
             forced=0,
-            scores=scores,
+            with_scores=True,
         )
     assert torch.allclose(scores.double(), exact, rtol=2e-5, atol=2e-6, equal_nan=True)
     own = layout.square_tokens(tile, q.device)
@@ -182,8 +179,9 @@ def test_pooled_scores_and_their_selection(
     q[1, 1, -1] = torch.nan
     own = layout.square_tokens(tile, q.device)
     exact = layout.square_means(q[:, :, prefix:].double(), tile) @ k[:, :, prefix:].double().mT
-    scores = torch.full_like(exact, torch.nan, dtype=torch.float32)
-    indices = triton_tiles.select_pooled(q, k, layout, tile, budget, prefix, scores)
+    sizes = {"budget": budget, "forced": prefix, "with_scores": True}
+    indices, scores = triton_tiles.select_pooled(q, k, geometry=layout.for_kernels(tile), **sizes)
+    scores = scores.float().view(*exact.shape[:3], -1)[..., : exact.shape[-1]]
     # 16-bit inputs give means in their own dtype and scores in bf16
     eps = 1e-6 if dtype == torch.float32 else torch.finfo(torch.bfloat16).eps
     assert torch.equal(scores.isnan(), exact.isnan())
@@ -220,9 +218,10 @@ def test_impact_scores_and_their_selection(
     exact = build_scorer(Impact(pool=pool), layout).scores(q.double(), k.double(), v.double(), spec)[
         ..., prefix:
     ]
-    scores = torch.full_like(exact, torch.nan, dtype=torch.float32)
-    geometry = (layout, tile, pool, summary, scale)
-    indices, means = triton_tiles.select_impact(q, k, v, *geometry, budget, prefix, scores)
+    sizes = {"scale": scale, "budget": budget, "forced": prefix, "with_scores": True}
+    geometry = layout.for_kernels(tile, pool, summary)
+    indices, means, scores = triton_tiles.select_impact(q, k, v, geometry=geometry, **sizes)
+    scores = scores.float().view(*exact.shape[:3], -1)[..., : exact.shape[-1]]
     for x, found in zip((k, v), means, strict=True):
         wanted = layout.square_means(x[:, :, prefix:].double(), summary)
         torch.testing.assert_close(
@@ -252,14 +251,15 @@ def test_triton_on_the_cpu_needs_the_interpreter(monkeypatch):
 
 @needs_triton
 def test_operators():
+    ops = torch.ops.sparsifiner
     scores, own = torch.randn(1, 2, 3, 9, device=DEVICE), torch.arange(3, device=DEVICE).unsqueeze(1)
-    torch.library.opcheck(torch.ops.sparsifiner.select_topk, (scores, 4, 1, own))
+    torch.library.opcheck(ops.select_topk.default, (scores, 4, 1, own, "triton"))
     q, k, v = make_qkv(layout_of(16, 1), device=DEVICE)
-    torch.library.opcheck(torch.ops.sparsifiner.select_pooled, (q, k, 4, 4, 1, 2, 5, 1))
-    impact = (q, k, v, 4, 4, 1, 2, 1, 2, 0.25, 5, 1)
-    torch.library.opcheck(torch.ops.sparsifiner.select_impact, impact)
+    torch.library.opcheck(ops.select_pooled.default, (q, k, (4, 4, 1, 2), 5, 1, "triton"))
+    impact = (q, k, v, (4, 4, 1, 2, 1, 2), 0.25, 5, 1, "triton")
+    torch.library.opcheck(ops.select_impact.default, impact)
     scorer = lowrank_scorer(layout_of(16, 1), 16, 4, 2)
     weights = [scorer.query.weight, scorer.query.bias, scorer.key.weight, scorer.key.bias, scorer.down]
     weights = [weight.detach() for weight in (*weights, scorer.up.mT)]
-    sizes = (4, 4, 1, 2, 0.5, 2, 5, 1)
-    torch.library.opcheck(torch.ops.sparsifiner.select_lowrank, (q, k, *weights, *sizes))
+    sizes = ((4, 4, 1, 2), 0.5, 2, 5, 1, "triton")
+    torch.library.opcheck(ops.select_lowrank.default, (q, k, *weights, *sizes))

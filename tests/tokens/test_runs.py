@@ -6,7 +6,7 @@ import torch
 from sparsifiner.geometry.curve import CurveLayout
 from sparsifiner.geometry.layout import Run
 from sparsifiner.ops import native, sparse_attention
-from sparsifiner.ops.backend import HAS_TRITON
+from sparsifiner.ops.backends import HAS_TRITON
 from tests.ops.cases import assert_within_budget, largest_terms, make_connectivity, make_qkv
 
 GPU = torch.cuda.is_available()

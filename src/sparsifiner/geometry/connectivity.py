@@ -5,8 +5,8 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from sparsifiner.eager import can_be_read
 from sparsifiner.geometry.curve import CurveLayout
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.geometry.layout import Layout
@@ -31,10 +31,6 @@ def forced_prefix(prefix: int, tile: int, summary: int | str | None) -> int:
     them; with one list per query and no summaries they compete, as in the paper.
     """
     return prefix if tile > 1 or summary is not None else 0
-
-
-_is_tls_included = torch._C._dispatch_tls_is_dispatch_key_included
-_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ class Connectivity:
                 f"Connectivity: a {layout} with tile={self.tile} has {rows} rows, "
                 f"got indices with {self.indices.shape[2]}"
             )
-        if check and self.indices.numel() and _can_read(self.indices):
+        if check and self.indices.numel() and can_be_read(self.indices):
             largest, tokens = int(self.indices.amax()), layout.tokens  # amax is faster than max
             if largest >= tokens:
                 raise ValueError(
@@ -130,7 +126,7 @@ class Connectivity:
         """Whether the lists are known to ascend as selected ones do; seen once, waiting for the device."""
         if self.selected:
             return True
-        if self._ascends is None and _can_read(self.indices):
+        if self._ascends is None and can_be_read(self.indices):
             before, after = self.indices[..., :-1], self.indices[..., 1:]
             in_order = (after < 0) | ((before >= 0) & (before < after))
             in_range = self.indices < self.layout.tokens
@@ -217,16 +213,3 @@ class ScoredLists(Connectivity):
     def alone(self) -> Connectivity:
         """See `Connectivity.alone`."""
         return Connectivity.over(self.layout, self.indices, self.tile, check=False, selected=self.selected)
-
-
-def _can_read(entries: Tensor) -> bool:
-    """Whether entries can be looked at: not while compiling, tracing, transforming or capturing."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    # whether there is any mode is known sooner than whether one of them traces
-    has_mode = torch._C._len_torch_dispatch_stack() or _is_tls_included(_PRE_DISPATCH)
-    if has_mode and get_proxy_mode() is not None:
-        return False
-    if type(entries) is not Tensor or entries.is_meta or torch._C._functorch.is_batchedtensor(entries):
-        return False
-    return not (entries.is_cuda and torch.cuda.is_current_stream_capturing())

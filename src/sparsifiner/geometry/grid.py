@@ -1,10 +1,13 @@
 """Tokens of a whole image: prefix tokens first, then the patches of a grid in raster order."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparsifiner.geometry.layout import Layout, Run, Side
+from sparsifiner.hashed import hashed_once
 
 
+@hashed_once
 @dataclass(frozen=True)
 class TokenLayout(Layout):
     """The token sequence of one image size.
@@ -43,3 +46,9 @@ class TokenLayout(Layout):
     def __str__(self) -> str:
         """In words."""
         return f"{self.grid[0]}x{self.grid[1]} grid"
+
+
+def layout_of(geometry: Sequence[int]) -> TokenLayout:
+    """The layout that kernels get: rows, columns and prefix, as `Layout.for_kernels` tells them."""
+    rows, columns, prefix = geometry[:3]
+    return TokenLayout((rows, columns), prefix)

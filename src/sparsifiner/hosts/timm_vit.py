@@ -271,5 +271,7 @@ def split_heads(attention: Any, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     B, N, _ = qkv.shape
     heads = qkv.reshape(B, N, 3, attention.num_heads, attention.head_dim)
     q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-    # under autocast norms return fp32
-    return attention.q_norm(q).to(v.dtype), attention.k_norm(k).to(v.dtype), v
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    if q.dtype != v.dtype or k.dtype != v.dtype:  # under autocast norms return fp32
+        q, k = q.to(v.dtype), k.to(v.dtype)
+    return q, k, v

@@ -32,7 +32,7 @@ from sparsifiner.measure.settings import (
     sides_of,
 )
 from sparsifiner.models.loading import load_model
-from sparsifiner.ops.backend import resolve_backend
+from sparsifiner.ops.backends import resolve_backend
 from sparsifiner.scorers import SCORERS
 from sparsifiner.tracing import trace
 

@@ -32,7 +32,7 @@ from sparsifiner.measure.rivals import (
 )
 from sparsifiner.measure.settings import DTYPES, Precision, check_settings, cpu_threads, one_for_each
 from sparsifiner.ops import sparse_attention
-from sparsifiner.ops.backend import resolve_backend
+from sparsifiner.ops.backends import resolve_backend
 from sparsifiner.ops.sparse_attention.api import attend_scored
 from sparsifiner.plan import Call, plan
 from sparsifiner.scorers import SCORERS, Impact, ListSpec, Place, Scorer

@@ -9,7 +9,7 @@ import torch
 
 from sparsifiner.measure.records import version_of
 from sparsifiner.ops import native
-from sparsifiner.ops.backend import runs_triton
+from sparsifiner.ops.backends import runs_triton
 from sparsifiner.version import __version__
 
 

@@ -12,6 +12,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Inside, operations compute in the dtypes that they are given, whatever autocast says."""
-    if device.type == "meta":  # has no autocast to switch off
+    # a device without it, such as "meta", has nothing to switch off, and switching takes time
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

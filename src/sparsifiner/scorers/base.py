@@ -1,20 +1,28 @@
 """What a scorer is: scores for rows of queries, turned into key lists."""
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparsifiner import tuned
+from sparsifiner.eager import wants_gradients
 from sparsifiner.geometry.connectivity import Connectivity, ScoredLists
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.geometry.layout import Layout, Side
+from sparsifiner.hashed import hashed_once
 from sparsifiner.ops import select_topk
-from sparsifiner.ops.backend import resolve_backend
+from sparsifiner.ops.backends import resolve_backend, takes
+from sparsifiner.ops.operator import Operator
 from sparsifiner.ops.precision import without_autocast
 from sparsifiner.scorers.options import Place, ScorerOptions
+
+# kinds of calls that are remembered
+_REMEMBERED = 4096
 
 # scores(start, stop) gives the scores of those rows: [B or 1, H, stop - start, N]
 RowScores = Callable[[int, int], Tensor]
@@ -33,6 +41,7 @@ class Origin:
     tokens: Tensor
 
 
+@hashed_once
 @dataclass(frozen=True)
 class ListSpec:
     """The lists that a layer wants.
@@ -65,6 +74,11 @@ class ListSpec:
         """Number of lists per head."""
         return self.layout.squares(self.tile)
 
+    @property
+    def windows(self) -> int:
+        """Number of summaries."""
+        return 0 if self.summary is None else self.layout.squares(self.summary)
+
     def connectivity(self, indices: Tensor, window_means: Tensor | None = None) -> Connectivity:
         """Lists as `select_topk` gives, with the window means that were computed beside them, if any."""
         lists = (self.layout, indices, self.tile)
@@ -84,7 +98,8 @@ class Scorer(nn.Module):
         place: where it works.
     """
 
-    FUSED_OP = ""  # the operator that scores and selects at once, if there is one
+    FUSED: Operator | None = None  # scores and selects at once, if there is one
+    ATTENDING: Operator | None = None  # scores, selects and attends at once, likewise
     # whether queries and keys may have more channels, which add to their products what tokens weigh
     TAKES_SIZES = True
     # names of tensors that take over the size of a file's, and of those that a file may lack
@@ -170,22 +185,61 @@ class Scorer(nn.Module):
         """
         raise TypeError(f"{type(self).__name__} has nothing to learn; train a low-rank scorer")
 
-    def fused_lists(
-        self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str
-    ) -> Connectivity | None:
-        """Lists from kernels that keep the scores to themselves; None where scores must be written.
+    def can_fuse(self, spec: ListSpec) -> bool:
+        """Whether `FUSED` can make such lists; else scores are written."""
+        return spec.tile > 1
+
+    def fused_sizes(self, spec: ListSpec, head_dim: int) -> dict[str, int]:
+        """Sizes that backends of `FUSED` may limit, see `Backend.limits`."""
+        return {}
+
+    def fused_lists(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str) -> Connectivity:
+        """Lists by `FUSED`, whose kernels keep the scores to themselves.
 
         Args:
             q: [B, H, N, d] unscaled queries, prefix included.
             k: [B, H, N, d] keys.
             v: [B, H, N, d] values.
             spec: the lists wanted.
-            backend: "triton" or "cpu".
+            backend: one that it has kernels for.
+        """
+        raise NotImplementedError(f"{type(self).__name__} names an operator and does not call it")
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> Tensor | None:
+        """Attention over the lists that the scorer would give, by one operator.
+
+        There is none, and None is returned, where these inputs have no such operator, gradients are wanted,
+        or hooks ask for lists.
+
+        Args:
+            q: [B, H, N, d] unscaled queries, prefix included.
+            k: [B, H, N, d] keys.
+            v: [B, H, N, d] values.
+            spec: the lists wanted.
 
         Returns:
-            Lists as `select_topk` gives.
+            [B, H, N, d].
         """
-        return None
+        if self.ATTENDING is None or spec.present is not None or wants_gradients(q, k, v):
+            return None
+        if self._forward_hooks or self._forward_pre_hooks:
+            return None
+        kind = (type(self), self.options, spec, q.dtype, q.device, q.shape[0] * q.shape[1], q.shape[3])
+        # compiled code cannot look up what it is made of
+        derive: Any = attending_arguments
+        derive = derive.__wrapped__ if torch.compiler.is_compiling() else derive
+        arguments = derive(*kind)
+        if arguments is None:
+            return None
+        operator, *sizes = arguments
+        with without_autocast(q.device):
+            out: Tensor = operator(q, k, v, *sizes)
+        return out
+
+    @classmethod
+    def attending_sizes(cls, options: Any, spec: ListSpec) -> tuple[Any, ...]:
+        """What `ATTENDING` takes behind q, k and v, all but the backend."""
+        raise NotImplementedError(f"{cls.__name__} names an operator and does not say its sizes")
 
     def elements_per_row(self, spec: ListSpec) -> int:
         """Size of the largest tensor that one row of one head needs."""
@@ -214,11 +268,11 @@ class Scorer(nn.Module):
         chunk = max(1, chunk_elements // max(1, images * H * self.elements_per_row(spec)))
         # scores are compared in fp32, so autocast must not round them
         with without_autocast(q.device):
-            if self.FUSED_OP and spec.present is None:
-                chosen = resolve_backend(spec.backend, self.FUSED_OP, q.device)
-                fused = self.fused_lists(q, k, v, spec, chosen) if chosen in {"triton", "cpu"} else None
-                if fused is not None:
-                    return fused
+            if self.FUSED is not None and spec.present is None and self.can_fuse(spec):
+                sizes = self.fused_sizes(spec, q.shape[-1])
+                chosen = resolve_backend(spec.backend, self.FUSED.short_name, q.device, q, sizes)
+                if chosen in self.FUSED.backends:
+                    return self.fused_lists(q, k, v, spec, chosen)
             own = spec.layout.square_tokens(spec.tile, q.device)
             scores = self.row_scores(q, k, v, spec)
             if spec.present is not None:
@@ -240,3 +294,34 @@ class Scorer(nn.Module):
 def _only(scores: RowScores, present: Tensor) -> RowScores:
     """Scores in which keys that are not present [B, N] come last."""
     return lambda start, stop: scores(start, stop).masked_fill(~present[:, None, None], -torch.inf)
+
+
+@functools.lru_cache(_REMEMBERED)
+def attending_arguments(
+    scorer: Any,
+    options: ScorerOptions,
+    spec: ListSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    pairs: int,
+    head_dim: int,
+) -> tuple[Any, ...] | None:
+    """The operator that attends at once and what it takes behind q, k and v; None if there is none for them.
+
+    Args:
+        scorer: its class.
+        options: of the scorer.
+        spec: the lists wanted.
+        dtype: of q, k and v.
+        device: where they are.
+        pairs: batch elements times heads.
+        head_dim: d.
+    """
+    operator: Operator | None = scorer.ATTENDING
+    backend = tuned.FASTER.get(device.type, ("torch",))[0] if spec.backend == "auto" else spec.backend
+    if operator is None or backend not in operator.backends or spec.scale <= 0:
+        return None
+    if not takes(backend, device, dtype, head_dim, {"pairs": pairs, "windows": spec.windows}):
+        return None
+    resolve_backend(spec.backend, operator.short_name, device)  # says what it is
+    return operator, *scorer.attending_sizes(options, spec), backend

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sparsifiner.hashed import hashed_once
 from sparsifiner.lazy import resolve
 
 if TYPE_CHECKING:
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from sparsifiner.scorers.base import Scorer
 
 
+@hashed_once
 @dataclass(frozen=True)
 class Place:
     """Which layer of a model it is that scorers are made for, and plans.

@@ -23,6 +23,7 @@ def attend_tokens(
     scale: float,
     *,
     fused: bool = True,
+    lists_wanted: bool = True,
 ) -> tuple[Tensor, Connectivity | None]:
     """Attends to the keys that the scorer lists, or to all.
 
@@ -35,10 +36,15 @@ def attend_tokens(
         scorer: chooses the keys.
         scale: factor of the logits.
         fused: take fused kernels, which have no second derivatives.
+        lists_wanted: whether the lists must be returned.
 
     Returns:
-        [B, H, N, d], and the lists; None for dense attention.
+        [B, H, N, d], and the lists; None for dense attention, or where they are not wanted and were not made.
     """
+    if lists is not None and not lists_wanted and fused and state.is_plain:
+        attended = scorer.attend(q, k, v, lists)
+        if attended is not None:
+            return attended, None
     weighted, bias = (q, k, v), None
     if state.sizes is not None and lists is None and prefers_bias(q):
         bias = log_sizes(state.sizes, q.dtype)[:, None, None]

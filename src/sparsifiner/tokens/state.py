@@ -47,6 +47,11 @@ class TokenState:
             return self.whole
         return CurveLayout(self.positions.shape[1], self.prefix)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all tokens of the image are there, each for itself."""
+        return self.positions is None and self.sizes is None and self.policy is None and not self.fused
+
     def tokens_of_image(self, batch: int, device: torch.device) -> Tensor:
         """Index of each token among all tokens of the image, int64 [B, N]; fused ones count as the first."""
         prefix = torch.arange(self.whole.prefix, device=device)

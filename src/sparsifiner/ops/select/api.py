@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sparsifiner.ops.backend import resolve_backend
+from sparsifiner.ops.backends import resolve_backend
 from sparsifiner.ops.select import operators, reference, torch_backend
 
 
@@ -55,9 +55,8 @@ def select_topk(
 
     chosen = resolve_backend(backend, "select_topk", scores.device)
     scores = scores.detach()
-    if chosen in {"triton", "cpu"}:
-        select_fused = operators.select_topk if chosen == "triton" else operators.select_topk_cpu
-        listed: Tensor = select_fused(scores, budget, forced, own)
+    if chosen in operators.select_topk.backends:
+        listed: Tensor = operators.select_topk(scores, budget, forced, own, chosen)
         return listed
     scores = scores.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if forced:

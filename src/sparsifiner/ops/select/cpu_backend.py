@@ -1,11 +1,12 @@
 """Selection by the native library: one call of its C functions."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout, layout_of
 from sparsifiner.ops import native
 
 
@@ -82,11 +83,13 @@ def lowrank_coefficients(
 def predict_lists(
     q: Tensor,
     k: Tensor,
-    weights: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    query_weight: Tensor,
+    query_bias: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor,
+    down: Tensor,
     basis: Tensor,
-    layout: TokenLayout,
-    tile: int,
-    *,
+    geometry: Sequence[int],
     temperature: float,
     coef_topk: int,
     budget: int,
@@ -97,10 +100,13 @@ def predict_lists(
     Args:
         q: [B, H, N, d] queries, fp32 or bf16, d a multiple of 16.
         k: [B, H, N, d] keys.
-        weights: W_q, b_q, W_k, b_k and W_down.
+        query_weight: see `lowrank_coefficients`, likewise the next four.
+        query_bias: b_q.
+        key_weight: W_k.
+        key_bias: b_k.
+        down: W_down.
         basis: Ũᵀ [K, N].
-        layout: where the tokens lie.
-        tile: side of a tile in patches.
+        geometry: of the layout, with the side of a tile in patches.
         temperature: factor of the coefficients' logits.
         coef_topk: coefficients of a row that count, the largest.
         budget: list length.
@@ -109,9 +115,11 @@ def predict_lists(
     Returns:
         int32 [B, H, rows, budget], ascending, -1 last.
     """
+    layout, tile = layout_of(geometry), geometry[3]
     query = q[:, :, layout.prefix :]
     if tile > 1:
         query = layout.square_means(query.float(), tile)
+    weights = (query_weight, query_bias, key_weight, key_bias, down)
     coefficients = lowrank_coefficients(query, k, *weights, temperature)
     return select_lowrank(coefficients, basis, coef_topk, budget, forced, _own_tokens(layout, tile))
 
@@ -120,37 +128,35 @@ def select_impact(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    layout: TokenLayout,
-    tile: int,
-    pool: int,
-    summary: int,
+    geometry: Sequence[int],
     scale: float,
     budget: int,
     forced: int,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Lists by the scores of `sparsifiner.scorers.ImpactScorer`, computed in fp32.
 
     Args:
         q: [B, H, N, d] queries, fp32 or bf16, d a multiple of 16.
         k: [B, H, N, d] keys.
         v: [B, H, N, d] values.
-        layout: where the tokens lie.
-        tile: side of a tile in patches.
-        pool: side of the squares whose mean queries score.
-        summary: side of the windows.
+        geometry: of the layout, with the sides in patches of a tile, of the squares whose mean queries score,
+            and of a window.
         scale: factor of the logits.
         budget: list length.
         forced: the first keys, in every list.
 
     Returns:
-        int32 [B, H, rows, budget], ascending, -1 last.
+        int32 [B, H, rows, budget], ascending, -1 last; and the means of no window, which native attention
+        computes itself.
     """
+    layout, (tile, pool, summary) = layout_of(geometry), geometry[3:]
+    means = k.new_empty(2, *k.shape[:2], 0, k.shape[-1])
     B, H, N, d = q.shape
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     own = _own_tokens(layout, tile)
     indices, lists, own = _lists(torch.Size((B, H, len(own))), N, budget, forced, own)
     if not indices.numel():
-        return indices
+        return indices, means
     square_tokens, windows = _own_tokens(layout, pool), _own_tokens(layout, summary)
     tile_squares = _tile_squares(layout, tile, pool)
     named = {"q": q, "k": k, "v": v}
@@ -161,7 +167,7 @@ def select_impact(
         *(*windows.shape, windows.data_ptr()),
     )
     native.call("select_impact", lists, impact)
-    return indices
+    return indices, means
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,5 +1,6 @@
 """The low-rank predictor and the selection from its scores, which never reach memory, in Triton."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -8,17 +9,21 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsifiner import tuned
-from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.geometry.grid import layout_of
+from sparsifiner.ops.program import Buffer, Draft, operation
 from sparsifiner.ops.select.triton_backend import (
     LARGEST_BLOCK,
     OwnTokens,
     normal_quantile,
     padded_length,
     program_shape,
-    write_forced,
-    write_lists,
 )
+from sparsifiner.ops.select.triton_kernels import write_forced, write_lists
+from sparsifiner.ops.triton_kernel import kernel
 from sparsifiner.ops.triton_means import square_means
+
+# Keys of a basis row that one program copies.
+_COPIED = 1024
 
 
 class LowRankWeights(NamedTuple):
@@ -56,65 +61,127 @@ class LowRankWeights(NamedTuple):
                 )
 
 
-def select_lowrank(
+def lists_by_lowrank(
     q: Tensor,
     k: Tensor,
-    weights: LowRankWeights,
-    layout: TokenLayout,
-    tile: int,
-    *,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor,
+    down: Tensor,
+    basis: Tensor,
+    geometry: Sequence[int],
     temperature: float,
     coef_topk: int,
     budget: int,
     forced: int,
-    scores: Tensor | None = None,
 ) -> Tensor:
+    """As `select_lowrank` says, of tensors of any strides.
+
+    Raises:
+        ValueError: a weight's shape or device does not fit.
+    """
+    small = (query_weight, query_bias, key_weight, key_bias, down)
+    LowRankWeights(*small, basis).check(q)
+    return select_lowrank(
+        *(q, k, *(weight.contiguous() for weight in small), basis.mT),
+        geometry=tuple(geometry),
+        temperature=temperature,
+        coef_topk=coef_topk,
+        budget=budget,
+        forced=forced,
+    )[0]
+
+
+@operation
+def select_lowrank(
+    draft: Draft,
+    q: Buffer,
+    k: Buffer,
+    *weights: Buffer,
+    geometry: tuple[int, ...],
+    temperature: float,
+    coef_topk: int,
+    budget: int,
+    forced: int,
+    with_scores: bool = False,
+) -> tuple[Buffer, ...]:
     """Lists of the scores C̃ Ũᵀ.
 
     Args:
-        q: [B, H, N, d] queries, fp32, bf16 or fp16; strided views will do.
-        k: [B, H, N, d] keys.
-        weights: the predictor's.
-        layout: where the tokens lie; N - forced at most `LARGEST_BLOCK`.
-        tile: side of a tile in patches.
+        draft: what is written to.
+        q: [B, H, N, d] queries, fp32, bf16 or fp16, with contiguous rows.
+        k: [B, H, N, d] keys, likewise.
+        *weights: as `LowRankWeights`, contiguous; the basis as [N, K], of any strides.
+        geometry: of the layout, with the side of a tile in patches; N - forced at most `LARGEST_BLOCK`.
         temperature: factor of the coefficients' logits.
         coef_topk: coefficients of a row that are kept.
         budget: list length.
         forced: the first keys, in every list.
-        scores: fp32 [B, H, rows, N - forced] to write the scores of the other keys to, for tests.
+        with_scores: return the scores too, for tests.
 
     Returns:
-        int32 [B, H, rows, budget], ascending, -1 last.
+        int32 [B, H, rows, budget], ascending, -1 last; the scores of keys that are not forced, fp32
+        [B, H, rows, N - forced], if they are asked for.
     """
     B, H, N, _ = q.shape
-    weights.check(q)
-    coefficients = lowrank_coefficients(q, k, weights, layout, tile, temperature)
-    K, rows = coefficients.shape[-1], layout.squares(tile)
+    layout, tile = layout_of(geometry), geometry[3]
+    (coefficients,) = lowrank_coefficients.write(
+        draft, q, k, *weights[:-1], geometry=geometry, temperature=temperature
+    )
+    basis = _aligned_basis(draft, weights[-1].transpose(0, 1).since(forced, 1))
+    rows, K = coefficients.shape[2:]
     own = OwnTokens(layout=layout, side=tile)
     N -= forced
     assert N <= LARGEST_BLOCK
-    basis = weights.basis.new_empty(K, padded_length(N))
-    basis[:, :N] = weights.basis[:, forced:]
-    indices = torch.empty(B, H, rows, budget, dtype=torch.int32, device=q.device)
+    indices = draft.empty(B, H, rows, budget, dtype=torch.int32)
+    scores = draft.empty(B, H, rows, N, dtype=torch.float32) if with_scores else None
     shape = program_shape(N, budget, own)
-    select_lowrank_kernel[(triton.cdiv(B * H * rows, shape["ROWS"]),)](
+    draft.launch(
+        select_lowrank_kernel,
+        (triton.cdiv(B * H * rows, shape["ROWS"]),),
         *(coefficients, basis, indices, scores, *own.arguments()),
-        *(B * H * rows, rows, N, K, basis.stride(0), budget, forced, normal_quantile(N, budget - forced)),
+        *(B * H * rows, rows, N, K, basis.strides[0], budget, forced, normal_quantile(N, budget - forced)),
         KEPT=coef_topk,
         BLOCK_BASIS=triton.next_power_of_2(K),
-        WRITE_SCORES=scores is not None,
+        WRITE_SCORES=with_scores,
         **shape,
     )
-    return indices
+    return (indices,) if scores is None else (indices, scores)
 
 
+def _aligned_basis(draft: Draft, basis: Buffer) -> Buffer:
+    """A basis [K, N] of any strides in rows of whole vectors, which are read again and again."""
+    K, N = basis.shape
+    aligned = draft.empty(K, padded_length(N), dtype=basis.dtype)
+    draft.launch(
+        align_basis_kernel,
+        (triton.cdiv(N, _COPIED), K),
+        *(basis, aligned),
+        *(*basis.strides, N, aligned.shape[1]),
+        BLOCK=_COPIED,
+    )
+    return aligned
+
+
+@operation
 def lowrank_coefficients(
-    q: Tensor, k: Tensor, weights: LowRankWeights, layout: TokenLayout, tile: int, temperature: float
-) -> Tensor:
+    draft: Draft,
+    q: Buffer,
+    k: Buffer,
+    query_weight: Buffer,
+    query_bias: Buffer,
+    key_weight: Buffer,
+    key_bias: Buffer,
+    down: Buffer,
+    *,
+    geometry: tuple[int, ...],
+    temperature: float,
+) -> tuple[Buffer]:
     """C, all K coefficients of every row: fp32 [B, H, rows, K], see `LowRankScorer.coefficients`."""
     B, H, N, d = q.shape
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    c, K = weights.query_weight.shape[0], weights.down.shape[1]
+    layout, tile = layout_of(geometry), geometry[3]
+    c, K = query_weight.shape[0], down.shape[1]
     rows, prefix = layout.squares(tile), layout.prefix
     # W_downᵀ k, by parts of a head; the projection of keys commutes with it
     parts = triton.cdiv(N, tuned.SUMMED_KEYS)
@@ -123,36 +190,60 @@ def lowrank_coefficients(
         "BLOCK_D": max(16, triton.next_power_of_2(d)),
         "BLOCK_BASIS": max(16, triton.next_power_of_2(K)),
     }
-    sums = torch.empty(B * H, parts, K, d, dtype=torch.float32, device=q.device)
-    shares = sums.new_empty(parts, K)
+    sums = draft.empty(B * H, parts, K, d, dtype=torch.float32)
+    shares = draft.empty(parts, K, dtype=torch.float32)
     # 16-bit keys are whole in TF32: three products with parts of fp32 weights are as good as fp32 ones
     precision = "ieee" if k.dtype == torch.float32 else "tf32x3"
-    sum_keys_kernel[(parts, B * H)](
-        *(k, weights.down.contiguous(), sums, shares, *k.stride()[:3], H, N, K, tuned.SUMMED_KEYS),
+    draft.launch(
+        sum_keys_kernel,
+        (parts, B * H),
+        *(k, down, sums, shares),
+        *(*k.strides[:3], H, N, K),
+        PART_KEYS=tuned.SUMMED_KEYS,
         BLOCK_N=32,
         PRECISION=precision,
         **blocks,
     )
-    query = q[:, :, prefix:] if tile == 1 else square_means(q, layout, tile, dtype=torch.float32)[0]
-    coefficients = torch.empty(B, H, rows, K, dtype=torch.float32, device=q.device)
-    coefficients_kernel[(triton.cdiv(rows, tuned.COEFFICIENT_ROWS), B * H)](
-        *(query, sums, shares, *(weight.contiguous() for weight in weights[:4]), coefficients),
-        *(*query.stride()[:3], H, rows, K, c, parts, temperature),
+    query = q.since(prefix, 2)
+    if tile > 1:
+        query = square_means(draft, q, layout, tile, dtype=torch.float32)[0]
+    coefficients = draft.empty(B, H, rows, K, dtype=torch.float32)
+    draft.launch(
+        coefficients_kernel,
+        (triton.cdiv(rows, tuned.COEFFICIENT_ROWS), B * H),
+        *(query, sums, shares, query_weight, query_bias, key_weight, key_bias, coefficients),
+        *(*query.strides[:3], H, rows, K, c, parts, temperature),
         BLOCK_R=tuned.COEFFICIENT_ROWS,
         BLOCK_C=max(16, triton.next_power_of_2(c)),
         num_warps=8,
         **blocks,
     )
-    return coefficients
+    return (coefficients,)
 
 
-@triton.jit
+@kernel
+def align_basis_kernel(
+    basis,  # [K, N]
+    aligned,  # [K, length]
+    basis_row, basis_key, N, length,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK keys of one row of the basis."""
+    key, row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1)
+    value = tl.load(
+        basis + row.to(tl.int64) * basis_row + key.to(tl.int64) * basis_key, mask=key < N, other=0.0
+    )
+    tl.store(aligned + row.to(tl.int64) * length + key, value, mask=key < length)
+
+
+@kernel
 def sum_keys_kernel(
     k,  # [B, H, N, d]
     down,  # [N, K]
     sums,  # fp32 [B * H, parts, K, d]
     shares,  # fp32 [parts, K]
-    k_batch, k_head, k_token, H, N, K, part_keys,
+    k_batch, k_head, k_token, H, N, K,
+    PART_KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_BASIS: tl.constexpr,
@@ -165,7 +256,7 @@ def sum_keys_kernel(
     base, dim = tl.arange(0, BLOCK_BASIS), tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_BASIS, BLOCK_D], tl.float32)
     share = tl.zeros([BLOCK_BASIS], tl.float32)
-    for start in range(part * part_keys, tl.minimum((part + 1) * part_keys, N), BLOCK_N):
+    for start in range(part * PART_KEYS, tl.minimum((part + 1) * PART_KEYS, N), BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
         mask = (token < N)[:, None] & (dim < HEAD_DIM)[None, :]
         at = token.to(tl.int64)[:, None] * k_token + dim[None, :]
@@ -183,7 +274,7 @@ def sum_keys_kernel(
         tl.store(shares + part * K + base, share, mask=base < K)
 
 
-@triton.jit
+@kernel
 def coefficients_kernel(
     query,  # [B, H, rows, d]
     sums,  # fp32 [B * H, parts, K, d]
@@ -232,14 +323,14 @@ def coefficients_kernel(
     tl.store(coefficients + to, result, mask=(row < rows)[:, None] & (base < K)[None, :])
 
 
-@triton.jit
+@kernel
 def select_lowrank_kernel(
     coefficients,  # fp32 [B * H * rows, K]
     basis,  # [K, stride], of all keys but the first `forced`
-    indices,  # [B * H * rows, k]
+    indices,  # [B * H * rows, budget]
     scores,  # fp32 [B * H * rows, N], or None
     own,  # None
-    m, GRID_H, GRID_W, PREFIX, total, rows, N, K, stride, k, forced, quantile,
+    m, GRID_H, GRID_W, PREFIX, total, rows, N, K, stride, budget, forced, quantile,
     KEPT: tl.constexpr,
     OWN_SIDE: tl.constexpr,
     ROWS: tl.constexpr,
@@ -266,9 +357,9 @@ def select_lowrank_kernel(
         tl.store(scores + row[:, None] * N + key, score, mask=is_row[:, None] & (key < N))
     score = tl.where(key < N, score, -float("inf"))
     own_row = (row % rows).to(tl.int32)
-    indices += row * k
+    indices += row * budget
     write_forced(indices, is_row, forced)
     write_lists(
         score, indices + forced, own_row, is_row,
-        own, m, GRID_H, GRID_W, PREFIX, N, k - forced, forced, quantile, 0, OWN_SIDE, BLOCK_K,
+        own, m, GRID_H, GRID_W, PREFIX, N, budget - forced, forced, quantile, 0, OWN_SIDE, BLOCK_K,
     )  # fmt: skip

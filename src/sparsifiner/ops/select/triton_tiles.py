@@ -1,5 +1,7 @@
 """Scores of tiles, pooled or by impact, and the selection from them, in Triton."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -8,8 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsifiner import tuned
-from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout, layout_of
+from sparsifiner.ops.program import Buffer, Draft, operation
 from sparsifiner.ops.select.triton_backend import OwnTokens, launch_select, padded_length
+from sparsifiner.ops.triton_counts import Begun
+from sparsifiner.ops.triton_kernel import kernel, quotient
 from sparsifiner.ops.triton_means import square_means, window_statistics
 
 # As many scores exist at once as `tuned.SCORE_BYTES` hold, or about those of q, which the output needs later.
@@ -22,7 +27,7 @@ class TileQueries(NamedTuple):
     """What scores the keys for a tile: the mean queries of the squares that it is cut into.
 
     Attributes:
-        mean_q: [B, H, squares, d].
+        mean_q: [1, B, H, squares, d].
         layout: where the tokens lie.
         tile: side of a tile in patches.
         pool: side of the squares.
@@ -31,151 +36,192 @@ class TileQueries(NamedTuple):
         log_deviation: fp32 [B, H, N], added to every score of a key; None for nothing.
     """
 
-    mean_q: Tensor
+    mean_q: Buffer
     layout: TokenLayout
     tile: int
     pool: int
     scale: float = 1.0
-    log_mass: Tensor | None = None
-    log_deviation: Tensor | None = None
+    log_mass: Buffer | None = None
+    log_deviation: Buffer | None = None
 
 
+def lists_by_pooled(q: Tensor, k: Tensor, geometry: Sequence[int], budget: int, forced: int) -> Tensor:
+    """As `select_pooled` says, of tensors of any strides."""
+    return select_pooled(q, k, geometry=tuple(geometry), budget=budget, forced=forced)[0]
+
+
+def lists_by_impact(
+    q: Tensor, k: Tensor, v: Tensor, geometry: Sequence[int], scale: float, budget: int, forced: int
+) -> tuple[Tensor, Tensor]:
+    """As `select_impact` says, of tensors of any strides."""
+    sizes = {"geometry": tuple(geometry), "scale": scale, "budget": budget, "forced": forced}
+    indices, means = select_impact(q, k, v, **sizes)
+    return indices, means
+
+
+@operation
 def select_pooled(
-    q: Tensor,
-    k: Tensor,
-    layout: TokenLayout,
-    tile: int,
+    draft: Draft,
+    q: Buffer,
+    k: Buffer,
+    *,
+    geometry: tuple[int, ...],
     budget: int,
     forced: int,
-    scores: Tensor | None = None,
-) -> Tensor:
+    with_scores: bool = False,
+    begun: Begun | None = None,
+) -> tuple[Buffer, ...]:
     """Lists of the keys with the largest products with the mean query of a tile.
 
     Scores are fp32 for fp32 inputs and rounded to bf16 for 16-bit ones, whose products they are.
 
     Args:
-        q: [B, H, N, d] queries, fp32, bf16 or fp16; strided views will do.
-        k: [B, H, N, d] keys.
-        layout: where the tokens lie.
-        tile: side of a tile in patches.
+        draft: what is written to.
+        q: [B, H, N, d] queries, fp32, bf16 or fp16, with contiguous rows.
+        k: [B, H, N, d] keys, likewise.
+        geometry: of the layout, with the side of a tile in patches.
         budget: list length.
         forced: the first keys, in every list.
-        scores: [B, H, rows, N - forced] to write the scores of the other keys to, for tests.
+        with_scores: return the scores too, for tests.
+        begun: what attention begins with, to be written beside the lists, see `launch_select`.
 
     Returns:
-        int32 [B, H, rows, budget], ascending, -1 last.
+        int32 [B, H, rows, budget], ascending, -1 last; the scores of keys that are not forced
+        [B * H * rows, at least N - forced] if they are asked for.
     """
-    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
-    queries = TileQueries(square_means(q, layout, tile)[0], layout, tile, tile)
-    return _select(queries, k, budget, forced, torch.bfloat16, scores)
+    layout, tile = layout_of(geometry), geometry[3]
+    queries = TileQueries(square_means(draft, q, layout, tile), layout, tile, tile)
+    return _select(draft, queries, k, budget, forced, torch.bfloat16, with_scores, begun)
 
 
+@operation
 def select_impact(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: TokenLayout,
-    tile: int,
-    pool: int,
-    summary: int,
+    draft: Draft,
+    q: Buffer,
+    k: Buffer,
+    v: Buffer,
+    *,
+    geometry: tuple[int, ...],
     scale: float,
     budget: int,
     forced: int,
-    scores: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    with_scores: bool = False,
+    begun: Begun | None = None,
+) -> tuple[Buffer, ...]:
     """Lists by the scores of `sparsifiner.scorers.ImpactScorer`.
 
     Scores are fp32 for fp32 inputs and rounded to fp16 for 16-bit ones: logarithms need precision, not range.
 
     Args:
-        q: [B, H, N, d] queries, fp32, bf16 or fp16; strided views will do.
-        k: [B, H, N, d] keys.
-        v: [B, H, N, d] values.
-        layout: where the tokens lie.
-        tile: side of a tile in patches.
-        pool: side of the squares whose mean queries score.
-        summary: side of the windows.
+        draft: what is written to.
+        q: [B, H, N, d] queries, fp32, bf16 or fp16, with contiguous rows.
+        k: [B, H, N, d] keys, likewise.
+        v: [B, H, N, d] values, likewise.
+        geometry: of the layout, with the sides in patches of a tile, of the squares whose mean queries score,
+            and of a window.
         scale: factor of the logits.
         budget: list length.
         forced: the first keys, in every list.
-        scores: [B, H, rows, N - forced] to write the scores of the other keys to, for tests.
+        with_scores: return the scores too, for tests.
+        begun: what attention begins with, to be written beside the lists, see `launch_select`.
 
     Returns:
-        int32 [B, H, rows, budget], ascending, -1 last, and the means of keys and values over the windows,
-        [2, B, H, windows, d].
+        int32 [B, H, rows, budget], ascending, -1 last; the means of keys and values over the windows
+        [2, B, H, windows, d]; the scores if they are asked for, as `select_pooled` gives them.
     """
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    mean_q = square_means(q, layout, pool)[0]
-    means, log_deviation = window_statistics(k, v, layout, summary)
-    log_mass = None if pool == tile else _log_mass(mean_q, k, means[0], layout, summary, scale)
+    layout, (tile, pool, summary) = layout_of(geometry), geometry[3:]
+    mean_q = square_means(draft, q, layout, pool)
+    means, log_deviation = window_statistics(draft, k, v, layout, summary)
+    log_mass = None if pool == tile else _log_mass(draft, mean_q, k, means, layout, summary, scale)
     queries = TileQueries(mean_q, layout, tile, pool, scale, log_mass, log_deviation)
-    return _select(queries, k, budget, forced, torch.float16, scores), means
+    indices, *scores = _select(draft, queries, k, budget, forced, torch.float16, with_scores, begun)
+    return indices, means, *scores
 
 
 def _log_mass(
-    mean_q: Tensor, k: Tensor, mean_k: Tensor, layout: TokenLayout, summary: int, scale: float
-) -> Tensor:
+    draft: Draft, mean_q: Buffer, k: Buffer, means: Buffer, layout: TokenLayout, summary: int, scale: float
+) -> Buffer:
     """Log of a mean query's softmax denominator over prefix keys and windows: fp32 [B, H, squares]."""
-    B, H, squares, d = mean_q.shape
-    log_mass = torch.empty(B, H, squares, dtype=torch.float32, device=k.device)
+    _, B, H, squares, d = mean_q.shape
+    log_mass = draft.empty(B, H, squares, dtype=torch.float32)
     block_r = max(16, min(64, triton.next_power_of_2(squares)))
-    if B * H:
-        log_mass_kernel[(triton.cdiv(squares, block_r), B * H)](
-            *(mean_q, k, mean_k, log_mass, *k.stride()[:3]),
-            *(H, squares, *layout.grid, layout.prefix, mean_k.shape[2], scale),
-            SIDE=summary,
-            HEAD_DIM=d,
-            BLOCK_R=block_r,
-            BLOCK_W=_BLOCK_W,
-            BLOCK_D=max(16, triton.next_power_of_2(d)),
-        )
+    draft.launch(
+        log_mass_kernel,
+        (triton.cdiv(squares, block_r), B * H),
+        *(mean_q, k, means[0], log_mass, *k.strides[:3]),
+        *(H, squares, *layout.grid, layout.prefix, means.shape[3], summary, scale),
+        HEAD_DIM=d,
+        BLOCK_R=block_r,
+        BLOCK_W=_BLOCK_W,
+        BLOCK_D=max(16, triton.next_power_of_2(d)),
+    )
     return log_mass
 
 
 def _select(
-    queries: TileQueries, k: Tensor, budget: int, forced: int, short_dtype: torch.dtype, scores: Tensor | None
-) -> Tensor:
-    """Lists of the best keys, chunk by chunk of rows, so that scores do not exist whole."""
-    k = k[:, :, forced:]
+    draft: Draft,
+    queries: TileQueries,
+    k: Buffer,
+    budget: int,
+    forced: int,
+    short_dtype: torch.dtype,
+    with_scores: bool,
+    begun: Begun | None,
+) -> tuple[Buffer, ...]:
+    """Lists of the best keys, chunk by chunk of rows, so that scores do not exist whole unless they must."""
+    k = k.since(forced, 2)
     B, H, N, d = k.shape
     layout, tile = queries.layout, queries.tile
     rows, pairs = layout.squares(tile), B * H
-    indices = torch.empty(B, H, rows, budget, dtype=torch.int32, device=k.device)
-    if not pairs:
-        return indices
+    indices = draft.empty(B, H, rows, budget, dtype=torch.int32)
     stride = padded_length(N)
     dtype = torch.float32 if k.dtype == torch.float32 else short_dtype
-    query_bytes = pairs * layout.tokens * d * k.element_size()
+    query_bytes = pairs * layout.tokens * d * k.dtype.itemsize
     chunk = max(1, scratch_rows(query_bytes, stride * dtype.itemsize))
     # whole heads where they fit, else parts of one; alike in size, since small launches leave the GPU idle
-    heads = triton.cdiv(pairs, triton.cdiv(pairs, max(1, chunk // rows)))
+    heads = triton.cdiv(pairs, max(1, triton.cdiv(pairs, max(1, chunk // rows))))
     part = triton.cdiv(rows, triton.cdiv(rows, chunk))
     own = OwnTokens(layout=layout, side=tile)
-    scratch = torch.empty(heads * part, stride, dtype=dtype, device=k.device)
-    largest = tuned.TILE_SCORES_FP32 if dtype == torch.float32 else tuned.TILE_SCORES
-    block_t, block_n = max(16, min(largest[0], triton.next_power_of_2(part))), largest[1]
-    deviation = None if queries.log_deviation is None else queries.log_deviation[:, :, forced:]
-    for pair in range(0, pairs, heads):
+    scratch = draft.empty(pairs * rows if with_scores else heads * part, stride, dtype=dtype)
+    side = tile // queries.pool
+    members = min(side, layout.square_grid(queries.pool)[0]) * side
+    largest = tuned.TILE_SCORES_FP32
+    if dtype != torch.float32:
+        largest = tuned.TILE_SCORES[max(fewest for fewest in tuned.TILE_SCORES if fewest <= members)]
+    block_s = min(largest[0], triton.next_power_of_2(members))
+    # a product takes at least 16 squares
+    block_t = max(16 // block_s, min(largest[0] // block_s, triton.next_power_of_2(part)), 1)
+    block_n = largest[1]
+    deviation = None if queries.log_deviation is None else queries.log_deviation.since(forced, 2)
+    for pair in range(0, pairs, max(1, heads)):
         count = min(heads, pairs - pair)
         for first in range(0, rows, part):
-            size = min(part, rows - first)
-            tile_scores_kernel[(triton.cdiv(N, block_n), triton.cdiv(size, block_t), count)](
-                *(queries.mean_q, k, queries.log_mass, deviation, scratch),
-                *(pair, first, size, H, N, layout.tokens, *k.stride()[:3], stride, part),
+            size, row = min(part, rows - first), pair * rows + first
+            scored = scratch.since(row, 0) if with_scores else scratch
+            draft.launch(
+                tile_scores_kernel,
+                (triton.cdiv(N, block_n), triton.cdiv(size, block_t), count),
+                *(queries.mean_q, k, queries.log_mass, deviation, scored),
+                *(pair, first, size, H, N, layout.tokens, *k.strides[:3], stride, part),
                 *(*layout.square_grid(queries.pool), layout.square_grid(tile)[1], queries.scale),
-                SIDE=tile // queries.pool,
-                ROWS=min(tile // queries.pool, layout.square_grid(queries.pool)[0]),
+                SIDE=side,
+                ROWS=members // side,
                 HEAD_DIM=d,
                 BLOCK_T=block_t,
+                BLOCK_S=block_s,
                 BLOCK_N=block_n,
                 BLOCK_D=max(16, triton.next_power_of_2(d)),
             )
-            at = pair * rows + first
-            listed = indices.view(-1, budget)[at : at + (count - 1) * rows + size]
-            launch_select(scratch, listed, own, rows=rows, N=N, forced=forced, first_row=first)
-            if scores is not None:
-                scores.view(-1, N)[at : at + len(listed)] = scratch[: len(listed), :N]
-    return indices
+            launch_select(
+                *(draft, replace(scored, shape=((count - 1) * part + size, N)), indices, own),
+                rows=rows,
+                forced=forced,
+                first_row=first,
+                row_of_indices=row,
+                limit=stride,
+                begun=begun,
+            )
+    return (indices, scratch) if with_scores else (indices,)
 
 
 def scratch_rows(query_bytes: int, row_bytes: int) -> int:
@@ -183,7 +229,7 @@ def scratch_rows(query_bytes: int, row_bytes: int) -> int:
     return int(max(_SCRATCH_SHARE * query_bytes, tuned.SCORE_BYTES)) // row_bytes
 
 
-@triton.jit
+@kernel
 def tile_scores_kernel(
     mean_q,  # [B * H, SQUARES_H * SQUARES_W, d]
     k,  # [B, H, N, d]
@@ -197,37 +243,52 @@ def tile_scores_kernel(
     ROWS: tl.constexpr,  # of squares of a whole tile: SIDE, or those of the grid if they are fewer
     HEAD_DIM: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_T tiles, each of ROWS x SIDE squares with a mean query, times BLOCK_N keys of one head."""
+    """BLOCK_T tiles times BLOCK_N keys of one head: products of BLOCK_S squares of each tile at once."""
     pair = first_pair + tl.program_id(2).to(tl.int64)
-    row = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    place = tl.arange(0, BLOCK_T * BLOCK_S)
+    row = tl.program_id(1) * BLOCK_T + place // BLOCK_S
     token = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dim = tl.arange(0, BLOCK_D)[None, :]
-    is_row, is_dim, is_key = row < size, dim < HEAD_DIM, token < N
-    top, left = (first_row + row) // TILES_W * SIDE, (first_row + row) % TILES_W * SIDE
+    is_dim, is_key = dim < HEAD_DIM, token < N
+    tile_y = quotient(first_row + row, TILES_W)
+    top, left = tile_y * SIDE, (first_row + row - tile_y * TILES_W) * SIDE
     k += pair // H * k_batch + pair % H * k_head
     key_at = token[:, None].to(tl.int64) * k_token + dim
     key = tl.load(k + key_at, mask=is_key[:, None] & is_dim, other=0.0)  # [BLOCK_N, BLOCK_D]
-    best = tl.full([BLOCK_T, BLOCK_N], -float("inf"), tl.float32)
-    for member in range(ROWS * SIDE):
-        # squares that the edge cuts off are the tile's first
-        y = tl.where(top + member // SIDE < SQUARES_H, top + member // SIDE, top)
-        x = tl.where(left + member % SIDE < SQUARES_W, left + member % SIDE, left)
-        square = pair * SQUARES_H * SQUARES_W + y * SQUARES_W + x
+    best = tl.full([BLOCK_N, BLOCK_T], -float("inf"), tl.float32)
+    for start in range(0, ROWS * SIDE, BLOCK_S):
+        member = start + place % BLOCK_S
+        y, x = top + member // SIDE, left + member % SIDE
+        # squares that are not there are the tile's first
+        exists = (member < ROWS * SIDE) & (y < SQUARES_H) & (x < SQUARES_W)
+        square = pair * SQUARES_H * SQUARES_W + tl.where(exists, y * SQUARES_W + x, top * SQUARES_W + left)
         at = square[:, None] * HEAD_DIM + dim
-        query = tl.load(mean_q + at, mask=is_row[:, None] & is_dim, other=0.0)  # [BLOCK_T, BLOCK_D]
-        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        query = tl.load(mean_q + at, mask=(row < size)[:, None] & is_dim, other=0.0)
+        # keys first: squares of a tile then lie in one thread or its neighbours
+        score = tl.dot(key, tl.trans(query), input_precision="ieee") * scale  # [BLOCK_N, BLOCK_T * BLOCK_S]
         if log_mass is not None:
-            score -= tl.load(log_mass + square, mask=is_row, other=0.0)[:, None]
-        best = score if ROWS * SIDE == 1 else tl.maximum(best, score, propagate_nan=tl.PropagateNan.ALL)
+            score -= tl.load(log_mass + square, mask=row < size, other=0.0)[None, :]
+        if BLOCK_S > 1:
+            score = tl.reduce(tl.reshape(score, [BLOCK_N, BLOCK_T, BLOCK_S]), 2, _larger)
+        best = score if ROWS * SIDE <= BLOCK_S else _larger(best, score)
     if log_deviation is not None:
-        best += tl.load(log_deviation + pair * tokens + token, mask=is_key, other=0.0)[None, :]
-    to = (tl.program_id(2) * part + row)[:, None].to(tl.int64) * stride + token[None, :]
+        best += tl.load(log_deviation + pair * tokens + token, mask=is_key, other=0.0)[:, None]
     # up to the stride, so that vectors are stored whole
-    best = tl.where(is_key[None, :], best, -float("inf"))
-    tl.store(scores + to, best.to(scores.dtype.element_ty), mask=is_row[:, None] & (token < stride)[None, :])
+    best = tl.where(is_key[:, None], best, -float("inf"))
+    tile = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    to = (tl.program_id(2) * part + tile)[None, :].to(tl.int64) * stride + token[:, None]
+    mask = (tile < size)[None, :] & (token < stride)[:, None]
+    tl.store(scores + to, best.to(scores.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _larger(a, b):
+    """The larger, NaN if one is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -240,15 +301,14 @@ def _add_mass(query, key, log_count, best, weight, scale):
     return new_best, weight
 
 
-@triton.jit
+@kernel
 def log_mass_kernel(
     mean_q,  # [B * H, squares, d]
     k,  # [B, H, N, d]
     mean_k,  # [B * H, windows, d]
     log_mass,  # fp32 [B * H, squares]
     k_batch, k_head, k_token,
-    H, squares, GRID_H, GRID_W, PREFIX, windows, scale,
-    SIDE: tl.constexpr,
+    H, squares, GRID_H, GRID_W, PREFIX, windows, SIDE, scale,
     HEAD_DIM: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_W: tl.constexpr,

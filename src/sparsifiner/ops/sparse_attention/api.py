@@ -7,13 +7,12 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from sparsifiner.eager import wants_gradients
 from sparsifiner.geometry.connectivity import Connectivity, ScoredLists
 from sparsifiner.geometry.curve import CurveLayout
 from sparsifiner.geometry.layout import Layout, Run, Side
-from sparsifiner.ops.backend import resolve_backend
-from sparsifiner.ops.kernels import why_no_kernel
+from sparsifiner.ops.backends import resolve_backend
 from sparsifiner.ops.precision import without_autocast
 from sparsifiner.ops.sparse_attention import operators, reference, torch_backend
 
@@ -100,8 +99,10 @@ def _attend(
         empty = F.pad(connectivity.indices, (0, 1), value=-1)
         connectivity = replace(connectivity, indices=empty, check=False, selected=True)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = resolve_backend(backend, "sparse_attention", q.device, _why_not(q, layout, summary))
-    if (chosen == "cpu" or (backend == "auto" and not fused)) and _wants_gradients(q, k, v):
+    windows = layout.squares(summary) if summary else 0
+    chosen = resolve_backend(backend, "sparse_attention", q.device, q, {"windows": windows})
+    training = wants_gradients(q, k, v)
+    if training and (chosen == "cpu" or (backend == "auto" and not fused)):
         if chosen == "cpu" and not torch.compiler.is_compiling():  # compiled code cannot log
             _say_torch_has_the_gradients()
         chosen = "torch"
@@ -116,13 +117,10 @@ def _attend(
         if chosen == "torch":
             return torch_backend.sparse_attention(q, k, v, connectivity, summary, scale, fused)
         geometry = layout.for_kernels(connectivity.tile, summary)
-        if chosen == "cpu":
-            native: Tensor = operators.attend_cpu(q, k, v, connectivity.indices, *geometry, scale)
-            return native
         # packing reads no token that is not there, so that lists which were seen to ascend will do
         ascending = connectivity.selected or (connectivity.tile == 1 and connectivity.ascends())
         lists = (connectivity.indices, ascending)
-        out: Tensor = operators.attend(q, k, v, *lists, window_means, *geometry, scale)[0]
+        out: Tensor = operators.attend(q, k, v, *lists, window_means, geometry, scale, training, chosen)[0]
         return out
 
 
@@ -166,25 +164,6 @@ def _check_summary(layout: Layout, summary: Side | None) -> None:
         raise ValueError(
             f"sparse_attention: summary must be a window side of at least 1 patch or None, got {summary!r}"
         )
-
-
-def _wants_gradients(*inputs: Tensor) -> bool:
-    """Whether autograd, backward or forward, follows these tensors."""
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    duals = (forward_ad.unpack_dual(x) for x in inputs)  # type: ignore[no-untyped-call]
-    return any(dual.tangent is not None for dual in duals)
-
-
-def _why_not(q: Tensor, layout: Layout, summary: Side | None) -> dict[str, str]:
-    """Why kernels do not take these inputs, by backend."""
-    reasons = {name: why_no_kernel(name, q) for name in ("triton", "cpu")}
-    windows = layout.squares(summary) if summary else 0
-    if not reasons["triton"] and windows > operators.LARGEST_WINDOWS:
-        reasons["triton"] = f"takes at most {operators.LARGEST_WINDOWS} summary windows, got {windows}"
-    return reasons
 
 
 @functools.cache

@@ -1,11 +1,12 @@
 """Sparse attention by the native library: one call of its C function."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.geometry.grid import TokenLayout, layout_of
 from sparsifiner.ops import native
 
 
@@ -14,11 +15,12 @@ def attend(
     k: Tensor,
     v: Tensor,
     indices: Tensor,
-    layout: TokenLayout,
-    tile: int,
-    summary: int,
+    ascending: bool,
+    means: Tensor | None,
+    geometry: Sequence[int],
     scale: float,
-) -> Tensor:
+    training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Same function as the reference, forward only, for fp32 and bf16.
 
     Keys and values of a few heads at a time are copied to fp32 rows with the summaries behind them.
@@ -29,20 +31,28 @@ def attend(
         k: keys.
         v: values.
         indices: int32 [B, H, rows, keys].
-        layout: where the tokens lie.
-        tile: side of a tile of queries.
-        summary: side of the windows, 0 for no summaries.
+        ascending: lists are read entry by entry, whether or not they are known to ascend.
+        means: of the windows; they are computed all the same.
+        geometry: of the layout, with the sides of a tile of queries and of a window, 0 for no summaries.
         scale: factor of the logits.
+        training: False.
 
     Returns:
-        [B, H, N, d] in the dtype of `q`.
+        [B, H, N, d] in the dtype of `q`, and three times nothing.
+
+    Raises:
+        ValueError: gradients are wanted, which the library has none of.
     """
+    if training:
+        raise ValueError("sparse_attention: backend='cpu' has no gradients; use backend='torch'")
+    nothing = (q.new_empty(0), q.new_empty(0), q.new_empty(0))
+    layout, (tile, summary) = layout_of(geometry), geometry[3:]
     B, H, N, d = q.shape
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     indices = indices.contiguous()
     out = torch.empty(B, N, H, d, dtype=q.dtype, device="cpu").transpose(1, 2)
     if not out.numel():
-        return out
+        return out, *nothing
     tile_tokens, window_tokens, window_of = _tables(layout, tile, summary)
     shape, tiles, keys = (B, H, layout.tokens, d), len(tile_tokens), indices.shape[-1]
     named = {"q": q, "k": k, "v": v, "out": out}
@@ -54,7 +64,7 @@ def attend(
         *(*window_tokens.shape, window_tokens.data_ptr(), window_of.data_ptr()),
     )
     native.call("attend", attention)
-    return out
+    return out, *nothing
 
 
 @functools.lru_cache(maxsize=64)

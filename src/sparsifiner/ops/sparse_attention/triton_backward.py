@@ -13,6 +13,7 @@ from sparsifiner.ops.sparse_attention.triton_forward import (
     summary_counts,
     tile_tokens,
 )
+from sparsifiner.ops.triton_kernel import kernel, quotient
 
 
 @triton.jit
@@ -50,7 +51,18 @@ def _send(
         tl.atomic_add(d_v + to, d_value, mask=mask, sem="relaxed")
 
 
-@triton.jit
+@kernel
+def count_kernel(
+    every,  # [N]
+    N,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK tokens of the list of the prefix, which is all of them."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(every + token, token, mask=token < N)
+
+
+@kernel
 def attend_backward_kernel(
     q,  # [B, H, N, d]
     k,  # [B, H, N, d]
@@ -178,7 +190,7 @@ def attend_backward_kernel(
         tl.store(d_q + token[:, None] * dq_token + dim, d_query.to(d_q.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@kernel
 def add_entries_kernel(
     entry_k,  # fp32 [B * H, entries, d]
     entry_v,  # likewise
@@ -210,7 +222,7 @@ def add_entries_kernel(
     tl.store(d_v + to, value_sum, mask=dim < HEAD_DIM)
 
 
-@triton.jit
+@kernel
 def key_gradients_kernel(
     sum_k,  # fp32 [B * H, N, d]
     sum_v,  # likewise
@@ -219,9 +231,8 @@ def key_gradients_kernel(
     d_k,  # [B, H, N, d]
     d_v,  # likewise
     dk_batch, dk_head, dk_token,
-    H, N, GRID_H, GRID_W, PREFIX, windows,
+    H, N, GRID_H, GRID_W, PREFIX, windows, SIDE,
     HEAD_DIM: tl.constexpr,
-    SIDE: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -233,9 +244,10 @@ def key_gradients_kernel(
     at = (pair * N + token)[:, None] * HEAD_DIM + dim
     key = tl.load(sum_k + at, mask=mask, other=0.0)  # [BLOCK_T, BLOCK_D]
     value = tl.load(sum_v + at, mask=mask, other=0.0)
-    if SIDE > 0:
+    if windows > 0:
         patch = token - PREFIX
-        row, column = patch // GRID_W // SIDE, patch % GRID_W // SIDE
+        y = quotient(patch, GRID_W)
+        row, column = quotient(y, SIDE), quotient(patch - y * GRID_W, SIDE)
         height = tl.minimum(GRID_H - row * SIDE, SIDE)
         width = tl.minimum(GRID_W - column * SIDE, SIDE)
         share = 1.0 / tl.maximum(height * width, 1).to(tl.float32)[:, None]
@@ -247,3 +259,47 @@ def key_gradients_kernel(
     to = pair // H * dk_batch + pair % H * dk_head + token[:, None].to(tl.int64) * dk_token + dim
     tl.store(d_k + to, key.to(d_k.dtype.element_ty), mask=mask)
     tl.store(d_v + to, value.to(d_v.dtype.element_ty), mask=mask)
+
+
+@kernel
+def join_query_gradients_kernel(
+    split_d_q,  # fp32 [B * H, splits, PREFIX, d]
+    d_q,  # [B, H, N, d]
+    dq_batch, dq_head, dq_token,
+    H, PREFIX, splits,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One prefix token: the sum of what the splits of the keys gave."""
+    token, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for split in range(splits):
+        at = ((pair * splits + split) * PREFIX + token) * HEAD_DIM + dim
+        total += tl.load(split_d_q + at, mask=dim < HEAD_DIM, other=0.0)
+    to = d_q + pair // H * dq_batch + pair % H * dq_head + token.to(tl.int64) * dq_token + dim
+    tl.store(to, total.to(d_q.dtype.element_ty), mask=dim < HEAD_DIM)
+
+
+@kernel
+def add_window_entries_kernel(
+    entry_k,  # fp32 [B * H, entries, W, d]
+    entry_v,  # likewise
+    d_mean_k,  # fp32 [B * H, W, d]
+    d_mean_v,  # likewise
+    entries, windows,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One window: the sum of what every tile sent to it, in the order of the tiles."""
+    window, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    dim = tl.arange(0, BLOCK_D)
+    key_sum = tl.zeros([BLOCK_D], tl.float32)
+    value_sum = tl.zeros([BLOCK_D], tl.float32)
+    for entry in range(entries):
+        at = ((pair * entries + entry) * windows + window) * HEAD_DIM + dim
+        key_sum += tl.load(entry_k + at, mask=dim < HEAD_DIM, other=0.0)
+        value_sum += tl.load(entry_v + at, mask=dim < HEAD_DIM, other=0.0)
+    to = (pair * windows + window) * HEAD_DIM + dim
+    tl.store(d_mean_k + to, key_sum, mask=dim < HEAD_DIM)
+    tl.store(d_mean_v + to, value_sum, mask=dim < HEAD_DIM)

@@ -1,37 +1,9 @@
-"""Forward kernels: the tokens of each window that a list lacks, and attention over lists and summaries."""
+"""The forward kernel: attention over lists and summaries, and what it shares with the backward kernel."""
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def missing_kernel(
-    indices,  # [B * H * rows, k]
-    missing,  # [B * H * rows, W]
-    k, GRID_H, GRID_W, PREFIX, windows,
-    SIDE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    ASCENDING: tl.constexpr,
-):  # fmt: skip
-    """One row: how many tokens of each window its list lacks, each once, however often it is named."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.cdiv(GRID_W, SIDE)
-    window = tl.arange(0, BLOCK_W)
-    height = tl.minimum(GRID_H - window // columns * SIDE, SIDE)
-    width = tl.minimum(GRID_W - window % columns * SIDE, SIDE)
-    count = height * width
-    for start in range(0, k, BLOCK_N):
-        slot = start + tl.arange(0, BLOCK_N)
-        token = tl.load(indices + row * k + slot, mask=slot < k, other=-1)
-        patch = token - PREFIX
-        is_new = (patch >= 0) & (patch < GRID_H * GRID_W)
-        if not ASCENDING:
-            for before in range(0, tl.minimum(start + BLOCK_N, k)):
-                is_new &= (tl.load(indices + row * k + before) != token) | (slot <= before)
-        listed = patch // GRID_W // SIDE * columns + patch % GRID_W // SIDE
-        count -= tl.histogram(tl.where(is_new, listed, 0), BLOCK_W, mask=is_new)
-    tl.store(missing + row * windows + window, count.to(missing.dtype.element_ty), mask=window < windows)
+from sparsifiner.ops.triton_kernel import kernel
 
 
 @triton.jit
@@ -168,6 +140,28 @@ def _add_keys(query, key, value, bias, count, best, weight, total, scale):
 
 
 @triton.jit
+def _join_splits(
+    split_out, split_log_weight, token, is_query, PREFIX, splits,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Mean of the splits' results [BLOCK_M, BLOCK_D] by their weights, and log2 of all weight."""
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    mask = is_query[:, None] & (dim < HEAD_DIM)
+    largest = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    for split in range(splits):
+        log_share = tl.load(split_log_weight + split * PREFIX + token, mask=is_query, other=0.0)
+        largest = tl.maximum(largest, log_share, propagate_nan=tl.PropagateNan.ALL)
+    weight = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for split in range(splits):
+        at = split * PREFIX + token
+        share = tl.exp2(tl.load(split_log_weight + at, mask=is_query, other=0.0) - largest)
+        weight += share
+        total += tl.load(split_out + at[:, None] * HEAD_DIM + dim, mask=mask, other=0.0) * share[:, None]
+    return total / weight[:, None], largest + tl.log2(weight)
+
+
+@kernel
 def attend_kernel(
     q,  # [B, H, N, d]
     k,  # [B, H, N, d]
@@ -183,6 +177,7 @@ def attend_kernel(
     log_weight,  # fp32 [B * H, N]
     split_out,  # fp32 [B * H, splits, PREFIX, d]
     split_log_weight,  # fp32 [B * H, splits, PREFIX]
+    arrived,  # int32 [B * H, parts of the prefix], 0 before: splits that are done
     q_batch, q_head, q_token,
     k_batch, k_head, k_token,
     v_batch, v_head, v_token,
@@ -203,7 +198,7 @@ def attend_kernel(
     """BLOCK_M queries of one tile, or of the prefix, over its list, then over all summaries.
 
     `scale`, at least 0, holds log2(e), so that logits are in bits; `log_weight` is the log2 of the softmax's
-    denominator. The prefix's results are of one split of the keys each, to be put together.
+    denominator. The prefix's results are of one split of the keys each; the last one to be done joins them.
     """
     tile, part, is_prefix, split = place_of_program(tiles, splits, PARTS)
     pair = tl.program_id(1).to(tl.int64)
@@ -266,35 +261,17 @@ def attend_kernel(
         at = (pair * splits + split) * PREFIX + token
         tl.store(split_out + at[:, None] * HEAD_DIM + dim, total, mask=mask)
         tl.store(split_log_weight + at, log_total, mask=is_query)
+        # what all threads stored is released with the count, and acquired by whoever counts last
+        tl.debug_barrier()
+        before = tl.atomic_add(arrived + pair * tl.cdiv(PREFIX, BLOCK_M) + part, 1, sem="acq_rel")
+        if before == splits - 1:
+            tl.debug_barrier()
+            total, log_total = _join_splits(
+                split_out + pair * splits * PREFIX * HEAD_DIM, split_log_weight + pair * splits * PREFIX,
+                token, is_query, PREFIX, splits, HEAD_DIM, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+            tl.store(out + token[:, None] * o_token + dim, total.to(out.dtype.element_ty), mask=mask)
+            tl.store(log_weight + pair * N + token, log_total, mask=is_query)
     else:
         tl.store(out + token[:, None] * o_token + dim, total.to(out.dtype.element_ty), mask=mask)
         tl.store(log_weight + pair * N + token, log_total, mask=is_query)
-
-
-@triton.jit
-def join_splits_kernel(
-    split_out,  # fp32 [B * H, splits, PREFIX, d]
-    split_log_weight,  # fp32 [B * H, splits, PREFIX]
-    out,  # [B, H, N, d]
-    log_weight,  # fp32 [B * H, N]
-    o_batch, o_head, o_token,
-    H, N, PREFIX, splits,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One prefix token: the mean of its splits' results by their weights."""
-    token, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    split, dim = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)[None, :]
-    is_split = split < splits
-    at = (pair * splits + split) * PREFIX + token
-    log_share = tl.load(split_log_weight + at, mask=is_split, other=-float("inf"))
-    largest = tl.max(log_share, 0)
-    share = tl.exp2(log_share - largest)
-    weight = tl.sum(share, 0)
-    mask = is_split[:, None] & (dim < HEAD_DIM)
-    part = tl.load(split_out + at[:, None] * HEAD_DIM + dim, mask=mask, other=0.0)
-    result = tl.sum(part * (share / weight)[:, None], 0)
-    to = out + pair // H * o_batch + pair % H * o_head + token * o_token + tl.arange(0, BLOCK_D)
-    tl.store(to, result.to(out.dtype.element_ty), mask=tl.arange(0, BLOCK_D) < HEAD_DIM)
-    tl.store(log_weight + pair * N + token, largest + tl.log2(weight))

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from sparsifiner.geometry.grid import TokenLayout
+from sparsifiner.ops.program import Buffer, Draft
+from sparsifiner.ops.triton_kernel import fill, kernel
 
 # Queries of a tile of this side have one bit each in 64.
 PACKED_SIDE = 8
@@ -17,47 +18,55 @@ class PackedLists(NamedTuple):
     """One list per tile.
 
     Attributes:
-        indices: int32 [B, H, tiles, keys], ascending, -1 last.
+        indices: int32 [B, H, tiles, keys], ascending; undefined beyond the length of a packed list.
         bits: int64 [B, H, tiles, keys], bit m for query m of the tile; None where all queries share the list.
         lengths: int32 [B, H, tiles], None likewise.
     """
 
-    indices: Tensor
-    bits: Tensor | None = None
-    lengths: Tensor | None = None
+    indices: Buffer
+    bits: Buffer | None = None
+    lengths: Buffer | None = None
 
 
-def pack_lists(indices: Tensor, layout: TokenLayout) -> PackedLists:
+def packed_keys(layout: TokenLayout, budget: int) -> int:
+    """Slots of a packed list, for all keys that lists of that budget may name."""
+    return min(layout.tokens, budget * PACKED_SIDE**2)
+
+
+def pack_lists(draft: Draft, indices: Buffer, layout: TokenLayout) -> PackedLists:
     """Packs one list per patch query, [B, H, patches, k], over tiles of `PACKED_SIDE` squared.
 
     A bit cannot say that a key is named twice, so lists must ascend.
     """
-    B, H, patches, k = indices.shape
+    B, H, patches, budget = indices.shape
     N, tiles = layout.tokens, layout.squares(PACKED_SIDE)
-    members = torch.zeros(B, H, tiles, N, dtype=torch.int64, device=indices.device)
-    block = min(1024, triton.next_power_of_2(k))
-    set_bits_kernel[(patches, B * H)](
-        *(indices, members, N, tiles, *layout.grid, k), SIDE=PACKED_SIDE, BLOCK=block
+    block = min(1024, triton.next_power_of_2(N))
+    members = draft.empty(B, H, tiles, N, dtype=torch.int64)
+    fill(draft, members, 0)
+    draft.launch(
+        set_bits_kernel,
+        (patches, B * H),
+        *(indices, members, N, tiles, *layout.grid, budget),
+        SIDE=PACKED_SIDE,
+        BLOCK=block,
     )
-    keys = min(N, k * PACKED_SIDE**2)
-    union = torch.full((B, H, tiles, keys), -1, dtype=torch.int32, device=indices.device)
-    bits = torch.empty(B, H, tiles, keys, dtype=torch.int64, device=indices.device)
-    lengths = torch.empty(B, H, tiles, dtype=torch.int32, device=indices.device)
-    compact_kernel[(B * H * tiles,)](
-        *(members, union, bits, lengths, N, keys), BLOCK=min(1024, triton.next_power_of_2(N))
-    )
+    keys = packed_keys(layout, budget)
+    union = draft.empty(B, H, tiles, keys, dtype=torch.int32)
+    bits = draft.empty(B, H, tiles, keys, dtype=torch.int64)
+    lengths = draft.empty(B, H, tiles, dtype=torch.int32)
+    draft.launch(compact_kernel, (B * H * tiles,), members, union, bits, lengths, N, keys, BLOCK=block)
     return PackedLists(union, bits, lengths)
 
 
-@triton.jit
+@kernel
 def set_bits_kernel(
-    indices,  # [B * H, patches, k]
+    indices,  # [B * H, patches, budget]
     members,  # int64 [B * H, tiles, N], zero
     N,
     tiles,
     GRID_H,
     GRID_W,
-    k,
+    budget,
     SIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -66,15 +75,15 @@ def set_bits_kernel(
     y, x = patch // GRID_W, patch % GRID_W
     tile = y // SIDE * tl.cdiv(GRID_W, SIDE) + x // SIDE
     bit = tl.full([BLOCK], 1, tl.int64) << (y % SIDE * SIDE + x % SIDE).to(tl.int64)
-    indices += (pair * tl.num_programs(0) + patch) * k
+    indices += (pair * tl.num_programs(0) + patch) * budget
     members += (pair * tiles + tile) * N
-    for start in range(0, k, BLOCK):
+    for start in range(0, budget, BLOCK):
         slot = start + tl.arange(0, BLOCK)
-        index = tl.load(indices + slot, mask=slot < k, other=-1)
+        index = tl.load(indices + slot, mask=slot < budget, other=-1)
         tl.atomic_or(members + index, bit, mask=(index >= 0) & (index < N), sem="relaxed")
 
 
-@triton.jit
+@kernel
 def compact_kernel(
     members,  # int64 [B * H * tiles, N]
     union,  # int32 [B * H * tiles, keys]

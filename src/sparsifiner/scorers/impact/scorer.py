@@ -1,12 +1,14 @@
 """How much a tile's result would change without a key: training-free, and better than a pooled score."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.layout import Side
-from sparsifiner.ops.kernels import why_no_kernel
+from sparsifiner.ops.attend_selected.operators import attend_impact
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.ops.select import operators
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
@@ -32,7 +34,8 @@ class ImpactScorer(Scorer):
     one square.
     """
 
-    FUSED_OP = "select_impact"
+    FUSED = operators.select_impact
+    ATTENDING = attend_impact
 
     options: Impact
 
@@ -86,30 +89,29 @@ class ImpactScorer(Scorer):
 
     def pool_side(self, spec: ListSpec) -> int:
         """Side of the squares whose mean queries score."""
-        if spec.budget - spec.forced < spec.layout.square_patches(spec.tile) // 4:
-            return spec.tile
-        return self.options.pool or (spec.tile if spec.tile % 2 else spec.tile // 2)
+        return pool_side(self.options, spec)
 
     @staticmethod
     def _window_side(spec: ListSpec) -> Side:
         return spec.summary or spec.layout.whole()
 
-    def fused_lists(
-        self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str
-    ) -> Connectivity | None:
+    def can_fuse(self, spec: ListSpec) -> bool:
+        """See `Scorer.can_fuse`: single queries, too."""
+        return True
+
+    def fused_lists(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str) -> Connectivity:
         """See `Scorer.fused_lists`."""
-        if why_no_kernel(backend, q) or (backend == "triton" and spec.tile == 1):
-            return None
         geometry = spec.layout.for_kernels(spec.tile, self.pool_side(spec), self._window_side(spec))
         sizes = (spec.scale, spec.budget, spec.forced)
-        means: Tensor | None = None
-        if backend == "triton":
-            listed, means = operators.select_impact(q, k, v, *geometry, *sizes)
-        else:
-            listed = operators.select_impact_cpu(q, k, v, *geometry, *sizes)
-        # without summaries nobody asks for the mean of all patches
-        means = None if spec.summary is None else means
-        return spec.connectivity(listed, means)
+        listed, means = operators.select_impact(q, k, v, geometry, *sizes, backend)
+        # without summaries nobody asks for the mean of all patches, and native attention has its own
+        return spec.connectivity(listed, means if spec.summary is not None and means.numel() else None)
+
+    @classmethod
+    def attending_sizes(cls, options: Any, spec: ListSpec) -> tuple[Any, ...]:
+        """See `Scorer.attending_sizes`."""
+        sides = (spec.tile, pool_side(options, spec), cls._window_side(spec), spec.summary)
+        return spec.layout.for_kernels(*sides), spec.scale, spec.budget, spec.forced
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """See `Scorer.macs`: products of mean queries with all keys, and with prefix and windows for Z."""
@@ -126,3 +128,10 @@ class ImpactScorer(Scorer):
     def extra_repr(self) -> str:
         """Side of the squares."""
         return f"pool={self.options.pool}"
+
+
+def pool_side(options: Impact, spec: ListSpec) -> int:
+    """Side of the squares whose mean queries score."""
+    if spec.budget - spec.forced < spec.layout.square_patches(spec.tile) // 4:
+        return spec.tile
+    return options.pool or (spec.tile if spec.tile % 2 else spec.tile // 2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sparsifiner.geometry.connectivity import Connectivity
 from sparsifiner.geometry.grid import TokenLayout
 from sparsifiner.geometry.layout import Layout
-from sparsifiner.ops.kernels import why_no_kernel
+from sparsifiner.ops.operator import Operator
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.ops.select import operators
 from sparsifiner.scorers.base import ListSpec, Origin, RowScores, Scorer
@@ -47,7 +47,7 @@ class LowRankScorer(Scorer):
         Wei et al., "Sparsifiner", CVPR 2023, section 3.2.
     """
 
-    FUSED_OP = "select_lowrank"
+    FUSED: Operator | None = operators.select_lowrank
     TAKES_SIZES = False  # its projections are of head dim
     # released checkpoints keep the parameters under these names
     RELEASED_NAMES = (("proj_c_q", "query"), ("proj_c_k", "key"), ("proj_back_n", "up"), ("proj_n", "down"))
@@ -235,27 +235,25 @@ class LowRankScorer(Scorer):
 
         return scores
 
-    def fused_lists(
-        self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str
-    ) -> Connectivity | None:
+    def can_fuse(self, spec: ListSpec) -> bool:
+        """See `Scorer.can_fuse`: weights of single tokens that are left are not known to kernels."""
+        return spec.origin is None
+
+    def fused_sizes(self, spec: ListSpec, head_dim: int) -> dict[str, int]:
+        """See `Scorer.fused_sizes`."""
+        return {
+            "scored_keys": spec.layout.tokens - spec.forced,
+            "basis_elements": self.up.shape[1] * head_dim,
+            "reduced_dim": self.query.out_features,
+        }
+
+    def fused_lists(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str) -> Connectivity:
         """See `Scorer.fused_lists`."""
-        if spec.origin is not None or why_no_kernel(backend, q):
-            return None
         layout = whole_layout(spec.layout)
-        if backend == "triton":
-            if layout.tokens - spec.forced > operators.LOWRANK_TOKENS:
-                return None
-            if self.up.shape[1] * q.shape[-1] > operators.LARGEST_LOWRANK_BASIS:
-                return None
-            if self.query.out_features > operators.LARGEST_REDUCED_DIM:
-                return None
-        basis = self.basis(layout).mT
-        weights = (*self._projections(q), self._resampled_down(layout), basis)
+        weights = (*self._projections(q), self._resampled_down(layout), self.basis(layout).mT)
         geometry = layout.for_kernels(spec.tile)
         sizes = (self.temperature, self.kept_coefficients, spec.budget, spec.forced)
-        select = operators.select_lowrank if backend == "triton" else operators.select_lowrank_cpu
-        listed: Tensor = select(q, k, *weights, *geometry, *sizes)
-        return spec.connectivity(listed)
+        return spec.connectivity(operators.select_lowrank(q, k, *weights, geometry, *sizes, backend))
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """See `Scorer.macs`: projections, k_down, coefficients and the sparse product, in this order.

@@ -1,9 +1,11 @@
 """Tile-mean query · key: the scorer that needs no training."""
 
+from typing import Any
+
 from torch import Tensor
 
 from sparsifiner.geometry.connectivity import Connectivity
-from sparsifiner.ops.kernels import why_no_kernel
+from sparsifiner.ops.attend_selected.operators import attend_pooled
 from sparsifiner.ops.precision import accumulation_dtype
 from sparsifiner.ops.select import operators
 from sparsifiner.scorers.base import ListSpec, RowScores, Scorer
@@ -15,7 +17,8 @@ class PooledScorer(Scorer):
     At tile 8 this costs 1/64 of QKᵀ; at tile 1 it is QKᵀ.
     """
 
-    FUSED_OP = "select_pooled"
+    FUSED = operators.select_pooled
+    ATTENDING = attend_pooled
 
     def row_scores(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> RowScores:
         """See `Scorer.row_scores`."""
@@ -24,15 +27,15 @@ class PooledScorer(Scorer):
         key = k.to(accurate).mT
         return lambda start, stop: query[:, :, start:stop] @ key
 
-    def fused_lists(
-        self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str
-    ) -> Connectivity | None:
+    def fused_lists(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec, backend: str) -> Connectivity:
         """See `Scorer.fused_lists`; on a CPU the scores are few and written."""
-        if backend == "cpu" or why_no_kernel(backend, q) or spec.tile == 1:
-            return None
         geometry = spec.layout.for_kernels(spec.tile)
-        listed: Tensor = operators.select_pooled(q, k, *geometry, spec.budget, spec.forced)
-        return spec.connectivity(listed)
+        return spec.connectivity(operators.select_pooled(q, k, geometry, spec.budget, spec.forced, backend))
+
+    @classmethod
+    def attending_sizes(cls, options: Any, spec: ListSpec) -> tuple[Any, ...]:
+        """See `Scorer.attending_sizes`."""
+        return spec.layout.for_kernels(spec.tile, spec.summary), spec.scale, spec.budget, spec.forced
 
     def macs(self, spec: ListSpec, num_heads: int, head_dim: int) -> int:
         """See `Scorer.macs`."""

@@ -25,7 +25,7 @@ class ReleasedScorer(LowRankScorer):
         The code of Wei et al., "Sparsifiner", CVPR 2023.
     """
 
-    FUSED_OP = ""
+    FUSED = None
 
     options: Released
 
