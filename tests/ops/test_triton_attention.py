@@ -47,7 +47,7 @@ def first_summary_counts_kernel(missing, counts, patches, windows, size: tl.cons
 def forward_and_gradients(backend, inputs, connectivity, summary, upstream):
     inputs = [x.detach().requires_grad_() for x in inputs]
     attend = attend_scored if isinstance(connectivity, ScoredLists) else sparse_attention
-    out = attend(*inputs, connectivity, summary, backend=backend)
+    out = attend(*inputs, connectivity, summary=summary, backend=backend)
     return [out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))]
 
 

@@ -210,11 +210,11 @@ def _measure(case: Case, settings: OpsBenchmark, device: torch.device, source: R
     held: list[Connectivity] = []  # the lists of the last layer that scored
 
     def share_lists(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return sparse_attention(q, k, v, held[0], case.summary, backend=spec.backend)
+        return sparse_attention(q, k, v, held[0], summary=case.summary, backend=spec.backend)
 
     def score_and_attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         held[:] = [scorer(q, k, v, spec)]
-        return attend_scored(q, k, v, held[0], case.summary, backend=spec.backend)
+        return attend_scored(q, k, v, held[0], summary=case.summary, backend=spec.backend)
 
     everything = [share_lists if layer % settings.share else score_and_attend for layer in range(len(sets))]
 
@@ -222,7 +222,7 @@ def _measure(case: Case, settings: OpsBenchmark, device: torch.device, source: R
     def result_and_lists() -> tuple[Tensor, Connectivity]:
         q, k, v = sets[0]
         connectivity = scorer(q, k, v, spec)
-        return attend_scored(q, k, v, connectivity, case.summary, backend=spec.backend), connectivity
+        return attend_scored(q, k, v, connectivity, summary=case.summary, backend=spec.backend), connectivity
 
     visits = (spec.budget + case.windows) / case.layout.tokens
     lists = [scorer(q, k, v, spec) for q, k, v in sets]

@@ -152,7 +152,7 @@ def _results(
 ) -> list[Tensor]:
     """The output and, with `upstream`, the gradients of q, k and v."""
     q, k, v = (each.detach().requires_grad_(upstream is not None) for each in inputs)
-    out = attend_scored(q, k, v, connectivity, summary, backend=backend)
+    out = attend_scored(q, k, v, connectivity, summary=summary, backend=backend)
     if upstream is None:
         return [out]
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), upstream)]

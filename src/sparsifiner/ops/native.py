@@ -52,106 +52,79 @@ HEAD_DIM_STEP = 16
 DTYPES = {torch.float32: Dtype.FP32, torch.bfloat16: Dtype.BF16}
 
 
+def _fields(*groups: str) -> tuple[tuple[str, type], ...]:
+    """Fields of a structure, in order; each group is a type and the names of fields that have it."""
+    types = {
+        "address": ctypes.c_void_p,
+        "float": ctypes.c_float,
+        "int32": ctypes.c_int32,
+        "int64": ctypes.c_int64,
+    }
+    fields: list[tuple[str, type]] = []
+    for kind, *names in map(str.split, groups):
+        fields += [(name, NativeTensor if kind == "tensor" else types[kind]) for name in names]
+    return tuple(fields)
+
+
 class Lists(ctypes.Structure):
     """`SparsifinerLists`: key lists that are to be written."""
 
-    _fields_ = (
-        ("total", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("tokens", ctypes.c_int64),
-        ("budget", ctypes.c_int64),
-        ("forced", ctypes.c_int64),
-        ("own_size", ctypes.c_int64),
-        ("own", ctypes.c_void_p),
-        ("indices", ctypes.c_void_p),
+    _fields_ = _fields(
+        "int64 total rows tokens budget forced own_size",
+        "address own indices",
     )
 
 
 class NativeTensor(ctypes.Structure):
     """`SparsifinerTensor`: [B, H, N, d] and the strides of its first three axes, in elements."""
 
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("batch", ctypes.c_int64),
-        ("head", ctypes.c_int64),
-        ("token", ctypes.c_int64),
+    _fields_ = _fields(
+        "address data",
+        "int64 batch head token",
     )
 
 
 class Predictor(ctypes.Structure):
     """`SparsifinerPredictor`: the low-rank predictor's coefficients, which are to be written."""
 
-    _fields_ = (
-        ("q", NativeTensor),
-        ("k", NativeTensor),
-        ("query_dtype", ctypes.c_int32),
-        ("key_dtype", ctypes.c_int32),
-        ("batch", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("tokens", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("basis_size", ctypes.c_int64),
-        ("reduced_dim", ctypes.c_int64),
-        ("down", ctypes.c_void_p),
-        ("query_weight", ctypes.c_void_p),
-        ("query_bias", ctypes.c_void_p),
-        ("key_weight", ctypes.c_void_p),
-        ("key_bias", ctypes.c_void_p),
-        ("coefficients", ctypes.c_void_p),
-        ("temperature", ctypes.c_float),
+    _fields_ = _fields(
+        "tensor q k",
+        "int32 query_dtype key_dtype",
+        "int64 batch heads rows tokens head_dim basis_size reduced_dim",
+        "address down query_weight query_bias key_weight key_bias coefficients",
+        "float temperature",
     )
 
 
 class Impact(ctypes.Structure):
     """`SparsifinerImpact`: what impact scores are made of."""
 
-    _fields_ = (
-        ("q", NativeTensor),
-        ("k", NativeTensor),
-        ("v", NativeTensor),
-        ("dtype", ctypes.c_int32),
-        ("scale", ctypes.c_float),
-        ("batch", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("tokens", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("prefix", ctypes.c_int64),
-        ("squares", ctypes.c_int64),
-        ("square_size", ctypes.c_int64),
-        ("square_tokens", ctypes.c_void_p),
-        ("members", ctypes.c_int64),
-        ("tile_squares", ctypes.c_void_p),
-        ("windows", ctypes.c_int64),
-        ("window_size", ctypes.c_int64),
-        ("window_tokens", ctypes.c_void_p),
+    _fields_ = _fields(
+        "tensor q k v",
+        "int32 dtype",
+        "float scale",
+        "int64 batch heads tokens head_dim prefix squares square_size",
+        "address square_tokens",
+        "int64 members",
+        "address tile_squares",
+        "int64 windows window_size",
+        "address window_tokens",
     )
 
 
 class Attention(ctypes.Structure):
     """`SparsifinerAttention`: attention over lists and summaries."""
 
-    _fields_ = (
-        ("q", NativeTensor),
-        ("k", NativeTensor),
-        ("v", NativeTensor),
-        ("out", NativeTensor),
-        ("dtype", ctypes.c_int32),
-        ("scale", ctypes.c_float),
-        ("batch", ctypes.c_int64),
-        ("heads", ctypes.c_int64),
-        ("tokens", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64),
-        ("prefix", ctypes.c_int64),
-        ("tiles", ctypes.c_int64),
-        ("tile_size", ctypes.c_int64),
-        ("tile_tokens", ctypes.c_void_p),
-        ("keys", ctypes.c_int64),
-        ("indices", ctypes.c_void_p),
-        ("windows", ctypes.c_int64),
-        ("window_size", ctypes.c_int64),
-        ("window_tokens", ctypes.c_void_p),
-        ("window_of", ctypes.c_void_p),
+    _fields_ = _fields(
+        "tensor q k v out",
+        "int32 dtype",
+        "float scale",
+        "int64 batch heads tokens head_dim prefix tiles tile_size",
+        "address tile_tokens",
+        "int64 keys",
+        "address indices",
+        "int64 windows window_size",
+        "address window_tokens window_of",
     )
 
 

@@ -253,14 +253,7 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: ListSpec) -> Connectivity:
-        """Key lists of one layer; they carry no gradient.
-
-        Args:
-            q: [B, H, N, d] unscaled queries, prefix included.
-            k: [B, H, N, d] keys.
-            v: [B, H, N, d] values.
-            spec: the lists wanted.
-        """
+        """Key lists of one layer, of what `row_scores` takes; they carry no gradient."""
         B, H = q.shape[:2]
         chunk_elements = tuned.SCORE_CHUNK.get(q.device.type, tuned.SCORE_CHUNK["cuda"])
         # compiled and exported code is for any batch: it must not depend on B how often a loop is run

@@ -60,7 +60,9 @@ def attend_tokens(
     if lists is None or connectivity is None:
         out = dense_attention(*weighted, scale, bias, fused=fused)
     else:
-        out = attend_scored(*weighted, connectivity, summary, scale, lists.backend, fused=fused)
+        out = attend_scored(
+            *weighted, connectivity, summary=summary, scale=scale, backend=lists.backend, fused=fused
+        )
     return out[..., : q.shape[-1]], connectivity
 
 

@@ -23,33 +23,20 @@ def _fake(q: Tensor, *unused: Any) -> Tensor:
     return q.new_empty(B, N, H, d).transpose(1, 2)
 
 
-def _lists(q: torch.Size, geometry: Sequence[int], budget: int) -> torch.Size:
-    return torch.Size((*q[:2], layout_of(geometry).squares(geometry[3]), budget))
+def _attention(q: torch.Size, geometry: Sequence[int], budget: int) -> int:
+    """Operations of attention over lists of that length; the geometry is that of `attend`."""
+    lists = torch.Size((*q[:2], layout_of(geometry).squares(geometry[3]), budget))
+    return attention_flops(q, lists, geometry)
 
 
-def _pooled_flops(
-    q: torch.Size,
-    k: torch.Size,
-    v: torch.Size,
-    geometry: Sequence[int],
-    scale: float,
-    budget: int,
-    *rest: Any,
-) -> int:
-    attention = attention_flops(q, _lists(q, geometry, budget), geometry)
-    return pooled_flops(q, k, geometry[:4]) + attention
+def _pooled_flops(*arguments: Any) -> int:
+    q, k, _, geometry, _, budget = arguments[:6]
+    return pooled_flops(q, k, geometry[:4]) + _attention(q, geometry, budget)
 
 
-def _impact_flops(
-    q: torch.Size,
-    k: torch.Size,
-    v: torch.Size,
-    geometry: Sequence[int],
-    scale: float,
-    budget: int,
-    *rest: Any,
-) -> int:
-    attention = attention_flops(q, _lists(q, geometry, budget), (*geometry[:4], geometry[6]))
+def _impact_flops(*arguments: Any) -> int:
+    q, k, v, geometry, _, budget = arguments[:6]
+    attention = _attention(q, (*geometry[:4], geometry[6]), budget)
     return impact_flops(q, k, v, geometry[:6]) + attention
 
 

@@ -2,26 +2,18 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsifiner.geometry.grid import TokenLayout, layout_of
 from sparsifiner.ops import native
+from sparsifiner.ops.arguments import LowRankArguments
 
 
 def select_topk(scores: Tensor, budget: int, forced: int, own: Tensor) -> Tensor:
-    """As the reference, with the rules for special scores, forced and own tokens in the same pass.
-
-    Args:
-        scores: [B, H, rows, N], any floating dtype.
-        budget: list length k.
-        forced: the first keys, in every list.
-        own: integer [rows, m], what a row without any score selects, ascending, -1 last.
-
-    Returns:
-        int32 [B, H, rows, k], ascending, -1 last.
-    """
+    """See `sparsifiner.ops.select_topk`; rules for special scores, forced and own tokens in the same pass."""
     scores = scores.float().contiguous()
     indices, lists, own = _lists(scores.shape, scores.shape[-1], budget, forced, own)
     native.call("select_topk", lists, native.address_of("scores", scores, torch.float32, *scores.shape))
@@ -80,48 +72,24 @@ def lowrank_coefficients(
     return coefficients
 
 
-def predict_lists(
-    q: Tensor,
-    k: Tensor,
-    query_weight: Tensor,
-    query_bias: Tensor,
-    key_weight: Tensor,
-    key_bias: Tensor,
-    down: Tensor,
-    basis: Tensor,
-    geometry: Sequence[int],
-    temperature: float,
-    coef_topk: int,
-    budget: int,
-    forced: int,
-) -> Tensor:
+def predict_lists(*arguments: Any) -> Tensor:
     """Lists of the low-rank predictor's scores.
 
     Args:
-        q: [B, H, N, d] queries, fp32 or bf16, d a multiple of 16.
-        k: [B, H, N, d] keys.
-        query_weight: see `lowrank_coefficients`, likewise the next four.
-        query_bias: b_q.
-        key_weight: W_k.
-        key_bias: b_k.
-        down: W_down.
-        basis: Ũᵀ [K, N].
-        geometry: of the layout, with the side of a tile in patches.
-        temperature: factor of the coefficients' logits.
-        coef_topk: coefficients of a row that count, the largest.
-        budget: list length.
-        forced: the first keys, in every list.
+        *arguments: `LowRankArguments`; q and k fp32 or bf16, d a multiple of 16.
 
     Returns:
         int32 [B, H, rows, budget], ascending, -1 last.
     """
-    layout, tile = layout_of(geometry), geometry[3]
-    query = q[:, :, layout.prefix :]
+    given = LowRankArguments(*arguments)
+    layout, tile = layout_of(given.geometry), given.geometry[3]
+    query = given.q[:, :, layout.prefix :]
     if tile > 1:
         query = layout.square_means(query.float(), tile)
-    weights = (query_weight, query_bias, key_weight, key_bias, down)
-    coefficients = lowrank_coefficients(query, k, *weights, temperature)
-    return select_lowrank(coefficients, basis, coef_topk, budget, forced, _own_tokens(layout, tile))
+    weights = (given.query_weight, given.query_bias, given.key_weight, given.key_bias, given.down)
+    coefficients = lowrank_coefficients(query, given.k, *weights, given.temperature)
+    sizes = (given.coef_topk, given.budget, given.forced)
+    return select_lowrank(coefficients, given.basis, *sizes, _own_tokens(layout, tile))
 
 
 def select_impact(

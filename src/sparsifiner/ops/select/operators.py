@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsifiner.geometry.grid import layout_of
+from sparsifiner.ops.arguments import LowRankArguments
 from sparsifiner.ops.operator import Operator
 
 _ROOM = "sparsifiner.ops.select"
@@ -22,9 +23,9 @@ def _fake_topk(scores: Tensor, budget: int, *unused: Any) -> Tensor:
     return scores.new_empty((*scores.shape[:-1], budget), dtype=torch.int32)
 
 
-def _fake_lowrank(q: Tensor, *others: Any) -> Tensor:
-    geometry, _, _, budget = others[7:11]
-    return _lists(q, geometry, budget)
+def _fake_lowrank(*arguments: Any) -> Tensor:
+    given = LowRankArguments(*arguments[:-1])
+    return _lists(given.q, given.geometry, given.budget)
 
 
 def _fake_pooled(q: Tensor, k: Tensor, geometry: Any, budget: int, *unused: Any) -> Tensor:
@@ -52,10 +53,10 @@ def impact_flops(q: torch.Size, k: torch.Size, v: torch.Size, geometry: Sequence
     return 2 * int(B * H * layout.squares(pool) * (N + mass_keys) * d)
 
 
-def _lowrank_flops(q: torch.Size, k: torch.Size, query_weight: torch.Size, *others: Any) -> int:
-    B, H, N, d = q
+def _lowrank_flops(*arguments: Any) -> int:
+    (B, H, N, d), _, (reduced_dim, _), *others = arguments
     down, (geometry, _, coef_topk) = others[3], others[5:8]
-    rows, reduced_dim, basis = layout_of(geometry).squares(geometry[3]), query_weight[0], down[1]
+    rows, basis = layout_of(geometry).squares(geometry[3]), down[1]
     # W_downᵀ k comes first, so keys are projected after they were summed up
     key_down = N * basis * d + basis * d * reduced_dim
     rows_of_scores = rows * (d * reduced_dim + basis * reduced_dim + coef_topk * N)
@@ -67,7 +68,6 @@ select_topk = Operator(
     {"triton": f"{_ROOM}.triton_backend:select_topk", "cpu": f"{_ROOM}.cpu_backend:select_topk"},
     _fake_topk,
 )
-# weights are those of `LowRankWeights`; geometry: rows, columns, prefix and the side of a tile
 select_lowrank = Operator(
     "select_lowrank(Tensor q, Tensor k, Tensor query_weight, Tensor query_bias, Tensor key_weight, "
     "Tensor key_bias, Tensor down, Tensor basis, SymInt[] geometry, float temperature, SymInt coef_topk, "

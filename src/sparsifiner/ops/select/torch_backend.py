@@ -12,13 +12,6 @@ def select_topk(scores: Tensor, budget: int) -> Tensor:
     `torch.topk` settles ties as it likes, so each score is joined with its position to one int64:
     the score's bits, in an order that integers share with floats, above `N - 1 - index`. No two are
     equal, the larger score wins, then the lower index.
-
-    Args:
-        scores: fp32 [B, H, rows, N] without NaN; -inf is never selected.
-        budget: list length k.
-
-    Returns:
-        int32 [B, H, rows, k], ascending, -1 last.
     """
     N = scores.shape[-1]
     bits = (scores + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0: equal scores get equal bits

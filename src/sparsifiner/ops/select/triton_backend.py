@@ -47,17 +47,7 @@ class OwnTokens(NamedTuple):
 
 
 def select_topk(scores: Tensor, budget: int, forced: int, own: Tensor) -> Tensor:
-    """As the reference, with the rules for special scores, forced and own tokens in the same kernel.
-
-    Args:
-        scores: [B, H, rows, N], any floating dtype.
-        budget: list length k.
-        forced: the first keys, in every list.
-        own: integer [rows, m], what a row without any score selects, ascending, -1 last.
-
-    Returns:
-        int32 [B, H, rows, k], ascending, -1 last.
-    """
+    """See `sparsifiner.ops.select_topk`; rules for special scores, forced and own tokens in the kernel."""
     scores = scores.float() if scores.dtype == torch.float64 else scores
     own = own.to(torch.int32).contiguous()
     return _select_topk(scores.contiguous(), own, budget=budget, forced=forced)[0]

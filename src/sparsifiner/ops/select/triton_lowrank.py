@@ -1,7 +1,6 @@
 """The low-rank predictor and the selection from its scores, which never reach memory, in Triton."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from sparsifiner import tuned
 from sparsifiner.geometry.grid import layout_of
+from sparsifiner.ops.arguments import LowRankArguments
 from sparsifiner.ops.program import Buffer, Draft, operation
 from sparsifiner.ops.select.triton_backend import (
     LARGEST_BLOCK,
@@ -26,63 +26,15 @@ from sparsifiner.ops.triton_means import square_means
 _COPIED = 1024
 
 
-class LowRankWeights(NamedTuple):
-    """The predictor's parameters at the size of the input, in one floating dtype; kernels compute in fp32.
-
-    Attributes:
-        query_weight: W_q [c, d].
-        query_bias: b_q [c].
-        key_weight: W_k [c, d].
-        key_bias: b_k [c].
-        down: W_down [N, K].
-        basis: Ũᵀ [K, N].
-    """
-
-    query_weight: Tensor
-    query_bias: Tensor
-    key_weight: Tensor
-    key_bias: Tensor
-    down: Tensor
-    basis: Tensor
-
-    def check(self, q: Tensor) -> None:
-        """Refuses weights that kernels would read beyond, or on another device than queries [B, H, N, d].
-
-        Raises:
-            ValueError: a shape or device does not fit.
-        """
-        (N, d), c, K = q.shape[2:], self.query_weight.shape[0], self.down.shape[-1]
-        shapes = ((c, d), (c,), (c, d), (c,), (N, K), (K, N))
-        for name, weight, shape in zip(self._fields, self, shapes, strict=True):
-            if weight.shape != shape or weight.device != q.device:
-                raise ValueError(
-                    f"select_lowrank: {name} must be {list(shape)} on {q.device}, "
-                    f"got {list(weight.shape)} on {weight.device}"
-                )
-
-
-def lists_by_lowrank(
-    q: Tensor,
-    k: Tensor,
-    query_weight: Tensor,
-    query_bias: Tensor,
-    key_weight: Tensor,
-    key_bias: Tensor,
-    down: Tensor,
-    basis: Tensor,
-    geometry: Sequence[int],
-    temperature: float,
-    coef_topk: int,
-    budget: int,
-    forced: int,
-) -> Tensor:
-    """As `select_lowrank` says, of tensors of any strides.
+def lists_by_lowrank(*arguments: Any) -> Tensor:
+    """As `select_lowrank` says, of `LowRankArguments` of any strides.
 
     Raises:
         ValueError: a weight's shape or device does not fit.
     """
-    small = (query_weight, query_bias, key_weight, key_bias, down)
-    LowRankWeights(*small, basis).check(q)
+    given = LowRankArguments(*arguments)
+    given.check()
+    q, k, *small, basis, geometry, temperature, coef_topk, budget, forced = given
     return select_lowrank(
         *(q, k, *(weight.contiguous() for weight in small), basis.mT),
         geometry=tuple(geometry),
@@ -112,7 +64,7 @@ def select_lowrank(
         draft: what is written to.
         q: [B, H, N, d] queries, fp32, bf16 or fp16, with contiguous rows.
         k: [B, H, N, d] keys, likewise.
-        *weights: as `LowRankWeights`, contiguous; the basis as [N, K], of any strides.
+        *weights: as `LowRankArguments`, contiguous; the basis as [N, K], of any strides.
         geometry: of the layout, with the side of a tile in patches; N - forced at most `LARGEST_BLOCK`.
         temperature: factor of the coefficients' logits.
         coef_topk: coefficients of a row that are kept.
@@ -292,9 +244,9 @@ def coefficients_kernel(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_R rows of one head: softmax over the basis of q' k_downᵀ."""
-    pair = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     base, dim, reduced = tl.arange(0, BLOCK_BASIS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_C)
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    pair = tl.program_id(1).to(tl.int64)
     is_dim = (dim < HEAD_DIM)[None, :]
     total = tl.zeros([BLOCK_BASIS, BLOCK_D], tl.float32)
     share = tl.zeros([BLOCK_BASIS], tl.float32)

@@ -315,9 +315,9 @@ def log_mass_kernel(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_R mean queries over the prefix's keys and the windows' mean keys, weighted by their patches."""
-    pair = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     dim = tl.arange(0, BLOCK_D)[None, :]
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    pair = tl.program_id(1).to(tl.int64)
     is_row, is_dim = row < squares, dim < HEAD_DIM
     at = (pair * squares + row)[:, None] * HEAD_DIM + dim
     query = tl.load(mean_q + at, mask=is_row[:, None] & is_dim, other=0.0)

@@ -59,7 +59,7 @@ def sparse_attention(
     Source:
         Wei et al., "Sparsifiner", CVPR 2023, section 3.3; tiles and summaries are ours.
     """
-    return _attend(q, k, v, connectivity, None, summary, scale, backend, fused=True)
+    return attend_scored(q, k, v, connectivity.alone(), summary=summary, scale=scale, backend=backend)
 
 
 def attend_scored(
@@ -67,10 +67,10 @@ def attend_scored(
     k: Tensor,
     v: Tensor,
     connectivity: Connectivity,
-    summary: Side | None = None,
-    scale: float | None = None,
-    backend: str = "auto",
     *,
+    backend: str = "auto",
+    scale: float | None = None,
+    summary: Side | None = None,
     fused: bool = True,
 ) -> Tensor:
     """As `sparse_attention`, by lists that a scorer made from these very keys, values and windows.
@@ -78,21 +78,6 @@ def attend_scored(
     Without `fused` gradients can be differentiated again: where they are wanted no fused kernel computes.
     """
     means = connectivity.window_means if isinstance(connectivity, ScoredLists) and summary else None
-    return _attend(q, k, v, connectivity, means, summary, scale, backend, fused=fused)
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    connectivity: Connectivity,
-    window_means: Tensor | None,
-    summary: Side | None,
-    scale: float | None,
-    backend: str,
-    *,
-    fused: bool,
-) -> Tensor:
     layout = connectivity.layout
     _check(q, k, v, connectivity, layout, summary)
     if not connectivity.indices.shape[-1]:  # no backend has to know lists without a slot
@@ -120,7 +105,7 @@ def _attend(
         # packing reads no token that is not there, so that lists which were seen to ascend will do
         ascending = connectivity.selected or (connectivity.tile == 1 and connectivity.ascends())
         lists = (connectivity.indices, ascending)
-        out: Tensor = operators.attend(q, k, v, *lists, window_means, geometry, scale, training, chosen)[0]
+        out: Tensor = operators.attend(q, k, v, *lists, means, geometry, scale, training, chosen)[0]
         return out
 
 

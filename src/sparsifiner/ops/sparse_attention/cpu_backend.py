@@ -1,41 +1,24 @@
 """Sparse attention by the native library: one call of its C function."""
 
 import functools
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsifiner.geometry.grid import TokenLayout, layout_of
 from sparsifiner.ops import native
+from sparsifiner.ops.arguments import AttendArguments
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    ascending: bool,
-    means: Tensor | None,
-    geometry: Sequence[int],
-    scale: float,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def attend(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Same function as the reference, forward only, for fp32 and bf16.
 
     Keys and values of a few heads at a time are copied to fp32 rows with the summaries behind them.
     Tiles of queries share one gathered list, single queries have their own; threads take them in turns.
 
     Args:
-        q: [B, H, N, d], as are `k` and `v`; d a multiple of 16. Rows must be contiguous.
-        k: keys.
-        v: values.
-        indices: int32 [B, H, rows, keys].
-        ascending: lists are read entry by entry, whether or not they are known to ascend.
-        means: of the windows; they are computed all the same.
-        geometry: of the layout, with the sides of a tile of queries and of a window, 0 for no summaries.
-        scale: factor of the logits.
-        training: False.
+        *arguments: `AttendArguments`, fp32 or bf16, d a multiple of 16. Means are computed all the same.
 
     Returns:
         [B, H, N, d] in the dtype of `q`, and three times nothing.
@@ -43,6 +26,7 @@ def attend(
     Raises:
         ValueError: gradients are wanted, which the library has none of.
     """
+    q, k, v, indices, _, _, geometry, scale, training = AttendArguments(*arguments)
     if training:
         raise ValueError("sparse_attention: backend='cpu' has no gradients; use backend='torch'")
     nothing = (q.new_empty(0), q.new_empty(0), q.new_empty(0))

@@ -7,23 +7,14 @@ import torch
 from torch import Tensor
 
 from sparsifiner.geometry.grid import layout_of
+from sparsifiner.ops.arguments import AttendArguments
 from sparsifiner.ops.operator import Operator
 
 _ROOM = "sparsifiner.ops.sparse_attention"
 
 
-def _fake_attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    ascending: bool,
-    means: Tensor | None,
-    geometry: Sequence[int],
-    scale: float,
-    training: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_attend(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, _, _, _, means, geometry, _, training = AttendArguments(*arguments[:-1])
     B, H, N, d = q.shape
     out = q.new_empty(B, N, H, d).transpose(1, 2)
     if not training:
@@ -80,11 +71,8 @@ def attention_flops(q: torch.Size, indices: torch.Size, geometry: Sequence[int],
     return 2 * products * int(B * H * visits * d)
 
 
-# Attention over lists and summaries. `ascending` tells that lists ascend as those of `select_topk` do; then
-# they are read as they are. Means of keys and values over the windows [2, B, H, windows, d] are taken as they
-# are, or computed. Geometry: rows, columns, prefix and the sides of a tile and of a window, 0 for no
-# summaries. In `training` beside the result what its backward reads: log2 of the denominators, counts of the
-# tokens that lists lack, and the means that were computed; else nothing.
+# Attention over lists and summaries; in training beside the result what its backward reads: log2 of the
+# denominators, counts of the tokens that lists lack, and the means that were computed; else nothing.
 attend = Operator(
     "attend(Tensor q, Tensor k, Tensor v, Tensor indices, bool ascending, Tensor? means, SymInt[] geometry, "
     "float scale, bool training, str backend) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -32,17 +32,8 @@ def sparse_attention(
     chunks; with gradients each chunk gathers anew in the backward, so that what is kept between
     the passes does not grow with the lists. Under transforms of `torch.func`, which cannot do so, it does.
 
-    Args:
-        q: [B, H, N, d], as are `k` and `v`.
-        k: keys.
-        v: values.
-        connectivity: the key lists.
-        summary: side of the windows in patches, or the run that one is; None for no summaries.
-        scale: factor of the logits.
-        fused: take torch's fused kernels, which have no second derivatives.
-
-    Returns:
-        [B, H, N, d] in the dtype of `q`.
+    Arguments and result are those of the reference; with `fused` torch's fused kernels are taken, which have
+    no second derivatives.
     """
     layout, tile, prefix = connectivity.layout, connectivity.tile, connectivity.prefix
     if not torch.compiler.is_compiling() and not q.numel():  # of no image torch's fused kernels make None

@@ -1,12 +1,13 @@
 """Sparse attention in Triton: launches of the forward pass."""
 
-from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsifiner import tuned
+from sparsifiner.ops.arguments import AttendArguments
 from sparsifiner.ops.program import Buffer, Draft, operation
 from sparsifiner.ops.sparse_attention.operators import count_dtype
 from sparsifiner.ops.sparse_attention.triton_forward import attend_kernel
@@ -21,21 +22,11 @@ from sparsifiner.ops.triton_counts import Begun, missing_kernel
 from sparsifiner.ops.triton_means import square_means
 
 
-def attend_lists(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    indices: Tensor,
-    ascending: bool,
-    means: Tensor | None,
-    geometry: Sequence[int],
-    scale: float,
-    training: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `attend` says, of tensors of any strides; nothing takes the place of what it does not return."""
-    indices = indices.contiguous()
+def attend_lists(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `attend` says, of `AttendArguments`; nothing takes the place of what it does not return."""
+    q, k, v, indices, ascending, means, geometry, scale, training = AttendArguments(*arguments)
     options = {"geometry": tuple(geometry), "scale": scale, "ascending": ascending, "training": training}
-    out, *saved = attend(q, k, v, indices, means, **options)
+    out, *saved = attend(q, k, v, indices.contiguous(), means, **options)
     log_weight, missing, computed = (*saved, *(q.new_empty(0) for _ in range(3 - len(saved))))
     return out, log_weight, missing, computed
 

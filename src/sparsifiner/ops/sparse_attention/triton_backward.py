@@ -262,44 +262,20 @@ def key_gradients_kernel(
 
 
 @kernel
-def join_query_gradients_kernel(
-    split_d_q,  # fp32 [B * H, splits, PREFIX, d]
-    d_q,  # [B, H, N, d]
-    dq_batch, dq_head, dq_token,
-    H, PREFIX, splits,
+def add_parts_kernel(
+    x,  # fp32 [pairs, parts, rows, d]
+    y,  # [batches, H, rows, d]
+    y_batch, y_head, y_row,
+    H, parts, rows,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One prefix token: the sum of what the splits of the keys gave."""
-    token, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """One row of one pair: the sum of its parts, in order."""
+    row, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
     dim = tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)
-    for split in range(splits):
-        at = ((pair * splits + split) * PREFIX + token) * HEAD_DIM + dim
-        total += tl.load(split_d_q + at, mask=dim < HEAD_DIM, other=0.0)
-    to = d_q + pair // H * dq_batch + pair % H * dq_head + token.to(tl.int64) * dq_token + dim
-    tl.store(to, total.to(d_q.dtype.element_ty), mask=dim < HEAD_DIM)
-
-
-@kernel
-def add_window_entries_kernel(
-    entry_k,  # fp32 [B * H, entries, W, d]
-    entry_v,  # likewise
-    d_mean_k,  # fp32 [B * H, W, d]
-    d_mean_v,  # likewise
-    entries, windows,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """One window: the sum of what every tile sent to it, in the order of the tiles."""
-    window, pair = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    dim = tl.arange(0, BLOCK_D)
-    key_sum = tl.zeros([BLOCK_D], tl.float32)
-    value_sum = tl.zeros([BLOCK_D], tl.float32)
-    for entry in range(entries):
-        at = ((pair * entries + entry) * windows + window) * HEAD_DIM + dim
-        key_sum += tl.load(entry_k + at, mask=dim < HEAD_DIM, other=0.0)
-        value_sum += tl.load(entry_v + at, mask=dim < HEAD_DIM, other=0.0)
-    to = (pair * windows + window) * HEAD_DIM + dim
-    tl.store(d_mean_k + to, key_sum, mask=dim < HEAD_DIM)
-    tl.store(d_mean_v + to, value_sum, mask=dim < HEAD_DIM)
+    for part in range(parts):
+        at = ((pair * parts + part) * rows + row) * HEAD_DIM + dim
+        total += tl.load(x + at, mask=dim < HEAD_DIM, other=0.0)
+    to = y + pair // H * y_batch + pair % H * y_head + row.to(tl.int64) * y_row + dim
+    tl.store(to, total.to(y.dtype.element_ty), mask=dim < HEAD_DIM)

@@ -1,6 +1,7 @@
 """Gradients of sparse attention in Triton: launches of the backward pass."""
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import triton
@@ -9,10 +10,9 @@ from torch import Tensor
 from sparsifiner.ops.program import Buffer, Draft, operation
 from sparsifiner.ops.sparse_attention.triton_backward import (
     add_entries_kernel,
-    add_window_entries_kernel,
+    add_parts_kernel,
     attend_backward_kernel,
     count_kernel,
-    join_query_gradients_kernel,
     key_gradients_kernel,
 )
 from sparsifiner.ops.sparse_attention.triton_packing import PackedLists
@@ -140,20 +140,16 @@ def _add_entries(
     B, H, N, d = k.shape
     sums = draft.empty(2, B * H, N, d, dtype=torch.float32)
     mean_sums = draft.empty(2, B * H, problem.windows, d, dtype=torch.float32)
-    sizes = {"HEAD_DIM": d, "BLOCK_D": block_d(k)}
     draft.launch(
         add_entries_kernel,
         (N, B * H),
         *(sent[0], sent[1], order, first, sums[0], sums[1], N, sent.shape[2]),
         BLOCK_E=16,
-        **sizes,
+        HEAD_DIM=d,
+        BLOCK_D=block_d(k),
     )
-    draft.launch(
-        add_window_entries_kernel,
-        (problem.windows, B * H),
-        *(mean_sent[0], mean_sent[1], mean_sums[0], mean_sums[1], mean_sent.shape[2], problem.windows),
-        **sizes,
-    )
+    # keys and values behind each other, as more pairs
+    _add_parts(draft, mean_sent, mean_sums, (0, *mean_sums.strides[1:3]), 2 * B * H)
     return _key_gradients(draft, k, sums, mean_sums, problem)
 
 
@@ -188,14 +184,20 @@ def _send(
         **blocks(q, problem),
         DETERMINISTIC=deterministic,
     )
-    draft.launch(
-        join_query_gradients_kernel,
-        (prefix, B * H),
-        *(split_d_q, d_q, *d_q.strides[:3], H, prefix, splits),
-        HEAD_DIM=d,
-        BLOCK_D=block_d(q),
-    )
+    _add_parts(draft, split_d_q, d_q, d_q.strides[:3], H)
     return d_q, lists
+
+
+def _add_parts(draft: Draft, x: Buffer, y: Buffer, strides: tuple[int, ...], H: int) -> None:
+    """Adds up the parts of x [..., parts, rows, d] into y [..., rows, d], whose pairs lie as strides say."""
+    parts, rows, d = x.shape[-3:]
+    draft.launch(
+        add_parts_kernel,
+        (rows, prod(x.shape[:-3])),
+        *(x, y, *strides, H, parts, rows),
+        HEAD_DIM=d,
+        BLOCK_D=max(16, triton.next_power_of_2(d)),
+    )
 
 
 def _key_gradients(
