@@ -1,5 +1,5 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`.
-.PHONY: demo test matrix test-gpu lint types unit sanitize fuzz stress lock package clean
+.PHONY: demo test matrix test-gpu lint types unit sanitize fuzz stress stress-gpu lock package clean
 
 ready := .venv/.ready
 bin := .venv/bin
@@ -46,6 +46,10 @@ fuzz: $(ready)
 stress: $(ready)
 	$(bin)/python -m tests.stress.kills --kills 40
 	$(bin)/python -m tests.stress.memory --trials 20
+
+# 1,000 random calls of the GPU operations, each of another kind than the one before: needs a GPU, minutes.
+stress-gpu: $(ready)
+	$(bin)/python -m tests.stress.programs --calls 1000
 
 # Pins every requirement anew; the file carries no registry addresses.
 lock:

@@ -20,7 +20,6 @@ struct Driver {
     Status (*push_current)(Handle);
     Status (*pop_current)(Handle*);
     Status (*error_string)(Status, const char**);
-    Status (*exchange_capture_mode)(int32_t*);
 };
 
 template <typename Function>
@@ -36,8 +35,7 @@ const Driver* load() {
                           find(library, "cuCtxGetCurrent", driver.get_current) &&
                           find(library, "cuCtxPushCurrent_v2", driver.push_current) &&
                           find(library, "cuCtxPopCurrent_v2", driver.pop_current) &&
-                          find(library, "cuGetErrorString", driver.error_string) &&
-                          find(library, "cuThreadExchangeStreamCaptureMode", driver.exchange_capture_mode);
+                          find(library, "cuGetErrorString", driver.error_string);
     return is_whole ? &driver : nullptr;
 }
 
@@ -69,11 +67,6 @@ __attribute__((visibility("default"))) int32_t sparsifiner_launch_interface() { 
 // The context that is current in this thread, null where there is none.
 __attribute__((visibility("default"))) Status sparsifiner_current_context(Handle* context) {
     return driver() ? driver()->get_current(context) : kDriverMissing;
-}
-
-// Sets how this thread treats what captures forbid, and gives what it was: 0 global, 1 thread, 2 relaxed.
-__attribute__((visibility("default"))) Status sparsifiner_exchange_capture_mode(int32_t* mode) {
-    return driver() ? driver()->exchange_capture_mode(mode) : kDriverMissing;
 }
 
 __attribute__((visibility("default"))) const char* sparsifiner_driver_error(Status status) {

@@ -1,5 +1,6 @@
 """How launches are made ready: what C may launch, what it passes to the driver, and who launches the rest."""
 
+import ctypes
 import os
 import shutil
 import struct
@@ -115,18 +116,29 @@ def test_hooks_are_seen(monkeypatch):
         assert not launching.hooked()
 
 
+def mode_of_captures():
+    """What captures of this thread forbid, asked by setting it twice."""
+    mode, exchange = ctypes.c_int32(1), launching._driver().cuThreadExchangeStreamCaptureMode
+    exchange(ctypes.byref(mode))
+    found = mode.value
+    exchange(ctypes.byref(mode))
+    return found
+
+
 PROGRAM = """
 import threading
 from tests.ops.test_launching import compiled, launch
 from sparsifiner.ops.launching import RelaxedCapture, replay_by_c
+from tests.ops.test_launching import mode_of_captures
 
 replay = replay_by_c([launch(), launch(grid=(7, 1, 1), N=-1)], [compiled(), compiled()])
 replay([1000, 2000], 9)
 thread = threading.Thread(target=replay, args=([3000, 2**62], 8))
 thread.start()
 thread.join()
-with RelaxedCapture() as mode:
-    pass
+with RelaxedCapture():
+    assert mode_of_captures() == 2
+assert mode_of_captures() == 0
 failing = compiled()
 failing.function = 666
 try:

@@ -187,9 +187,9 @@ class RelaxedCapture:
         self._exchange()
 
     def _exchange(self) -> None:
-        library = _library()
-        if not isinstance(library, str):
-            library.sparsifiner_exchange_capture_mode(ctypes.byref(self._mode))
+        status = _driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))
+        if status:
+            raise RuntimeError(f"captures: CUDA driver error {status}")
 
 
 class _CParameter(ctypes.Structure):
@@ -245,6 +245,12 @@ def _runtime() -> Any:
     from triton import knobs  # noqa: PLC0415, Triton is there where there are launches
 
     return knobs.runtime
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    """The driver, which torch has loaded where there is a GPU."""
+    return ctypes.CDLL("libcuda.so.1")
 
 
 @functools.cache
