@@ -83,6 +83,14 @@ def test_more_prefix_tokens_than_queries_in_a_program():
     check(TokenLayout((4, 4), 70), (2, 1, 2), 80)
 
 
+def test_gradients_are_refused():
+    layout = layout_of(16, 1)
+    q, k, v = (x.requires_grad_() for x in make_qkv(layout, device=DEVICE))
+    out = operators.attend_pooled(q, k, v, layout.for_kernels(2, 2), 0.25, 5, 1, "triton")
+    with pytest.raises(RuntimeError, match="attend_pooled has no gradient"):
+        out.sum().backward()
+
+
 def test_operators():
     q, k, v = make_qkv(layout_of(16, 1), device=DEVICE)
     ops = torch.ops.sparsifiner

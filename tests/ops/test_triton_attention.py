@@ -251,6 +251,16 @@ def test_what_the_kernels_do_not_take_is_named(tile, head_dim, dtype, message):
         sparse_attention(*inputs, connectivity, backend="triton")
 
 
+def test_second_derivatives_are_refused():
+    layout = TokenLayout((4, 4), 1)
+    inputs = [x.requires_grad_() for x in make_qkv(layout, device=DEVICE)]
+    connectivity = make_connectivity(layout, 0.3, 2, 2, device=DEVICE)
+    out = sparse_attention(*inputs, connectivity, 2, backend="triton")
+    (first,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="attend_backward has no gradient; take backend='torch'"):
+        torch.autograd.grad(first.sum(), inputs[1])
+
+
 def test_operator():
     layout = TokenLayout((4, 6), 1)
     inputs = [x.detach().requires_grad_() for x in make_qkv(layout, heads=1, device=DEVICE)]

@@ -27,6 +27,8 @@ class Operator:
             the CPU.
         fake: the results' shapes, from all arguments.
         flops: floating-point operations, from all arguments with shapes in place of tensors; None for none.
+        gradient: the backward and what saves for it, as `torch.library.register_autograd` takes them; where
+            there is none whoever asks for one is told so.
 
     Attributes:
         short_name: without its namespace.
@@ -40,6 +42,7 @@ class Operator:
         kernels: Mapping[str, str],
         fake: Callable[..., Any],
         flops: Callable[..., int] | None = None,
+        gradient: tuple[Callable[..., Any], Callable[..., None]] | None = None,
     ) -> None:
         self.short_name = schema.partition("(")[0]
         self.name = f"{_NAMESPACE}::{self.short_name}"
@@ -52,6 +55,8 @@ class Operator:
         torch.library.register_fake(self.name, fake, lib=_library)
         packet = getattr(torch.ops.sparsifiner, self.short_name)
         self._operator = packet.default
+        backward, setup_context = gradient or (self._refuse, None)
+        torch.library.register_autograd(self.name, backward, setup_context=setup_context, lib=_library)
         if flops is not None:
             register_flop_formula(packet)(lambda *shapes, **unused: flops(*shapes))
 
@@ -68,9 +73,8 @@ class Operator:
             kernel = self._kernels[backend] = resolve(self._homes[backend])
         return kernel
 
-    def differentiate(self, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-        """Registers how gradients are made, as `torch.library.register_autograd` does."""
-        torch.library.register_autograd(self.name, backward, setup_context=setup_context, lib=_library)
+    def _refuse(self, *unused: Any) -> None:
+        raise RuntimeError(f"{self.name} has no gradient; take backend='torch'")
 
     def _compute(self, *arguments: Any) -> Any:
         return self.kernel(arguments[-1])(*arguments[:-1])

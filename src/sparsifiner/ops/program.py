@@ -277,9 +277,12 @@ class Program:
             for launch in self._launches:
                 _launch(launch, tensors)
             return
-        capturing = torch.cuda.is_current_stream_capturing()
-        # Triton launches on the current device, which may be another
-        with torch.cuda.device(device), RelaxedCapture() if capturing else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            # Triton launches on the current device, which may be another
+            stack.enter_context(torch.cuda.device(device))
+            capturing = torch.cuda.is_current_stream_capturing()
+            if capturing:
+                stack.enter_context(RelaxedCapture())
             kernels = [_launch(launch, tensors) for launch in self._launches]
             if not (self._is_settled or capturing or hooked()):
                 with contextlib.suppress(torch.OutOfMemoryError):  # the next call may have the room

@@ -71,27 +71,6 @@ def attention_flops(q: torch.Size, indices: torch.Size, geometry: Sequence[int],
     return 2 * products * int(B * H * visits * d)
 
 
-# Attention over lists and summaries; in training beside the result what its backward reads: log2 of the
-# denominators, counts of the tokens that lists lack, and the means that were computed; else nothing.
-attend = Operator(
-    "attend(Tensor q, Tensor k, Tensor v, Tensor indices, bool ascending, Tensor? means, SymInt[] geometry, "
-    "float scale, bool training, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
-    {"triton": f"{_ROOM}.triton_backend:attend_lists", "cpu": f"{_ROOM}.cpu_backend:attend"},
-    _fake_attend,
-    _attend_flops,
-)
-# Gradients of q, k and v, in a fixed order where torch is asked for deterministic algorithms; behind the
-# lists the result and what was kept with it.
-attend_backward = Operator(
-    "attend_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor indices, Tensor out, "
-    "Tensor log_weight, Tensor missing, Tensor means, SymInt[] geometry, float scale, bool ascending, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
-    {"triton": f"{_ROOM}.triton_gradients:attend_backward"},
-    _fake_backward,
-    _backward_flops,
-)
-
-
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, indices, ctx.ascending, means, ctx.geometry, ctx.scale, training, ctx.backend = inputs
     if not training:
@@ -111,4 +90,23 @@ def _backward(ctx: Any, d_out: Tensor | None, *unused: None) -> tuple[Tensor | N
     return (*attend_backward(*given), *without_gradient)
 
 
-attend.differentiate(_backward, _save_for_backward)
+# Attention over lists and summaries; in training beside the result what its backward reads: log2 of the
+# denominators, counts of the tokens that lists lack, and the means that were computed; else nothing.
+attend = Operator(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor indices, bool ascending, Tensor? means, SymInt[] geometry, "
+    "float scale, bool training, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    {"triton": f"{_ROOM}.triton_backend:attend_lists", "cpu": f"{_ROOM}.cpu_backend:attend"},
+    _fake_attend,
+    _attend_flops,
+    (_backward, _save_for_backward),
+)
+# Gradients of q, k and v, in a fixed order where torch is asked for deterministic algorithms; behind the
+# lists the result and what was kept with it.
+attend_backward = Operator(
+    "attend_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor indices, Tensor out, "
+    "Tensor log_weight, Tensor missing, Tensor means, SymInt[] geometry, float scale, bool ascending, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    {"triton": f"{_ROOM}.triton_gradients:attend_backward"},
+    _fake_backward,
+    _backward_flops,
+)
